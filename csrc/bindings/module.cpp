@@ -1,0 +1,77 @@
+// fastlora._core: host objects that a test, a benchmark or a tuning sweep wants to hold in Python.
+// The package works without it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+
+#include "plan/plan.h"
+
+namespace py = pybind11;
+using namespace fastlora;
+
+namespace {
+
+template <class T>
+std::string printed(const T& value) {
+  std::ostringstream out;
+  out << value;
+  return out.str();
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTLORA_VERSION;
+  info["archs"] = py::str(FASTLORA_ARCHS).attr("split")();
+  info["compiler"] = __VERSION__;
+  info["cplusplus"] = __cplusplus;
+  info["python"] = PY_VERSION;
+  info["pybind11"] = printed(PYBIND11_VERSION_MAJOR) + "." + printed(PYBIND11_VERSION_MINOR);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "How fastlora cuts a product into tiles, and how this binary was built.";
+
+  py::class_<Problem>(m, "Problem",
+                      "y [m, n] = x [m, k] W^T + h [m, rank] B^T on a GPU of num_sms SMs.")
+      .def(py::init(
+               [](int64_t m, int64_t n, int64_t k, int64_t rank, std::string dtype, int num_sms) {
+                 Problem problem{m, n, k, rank, std::move(dtype), num_sms};
+                 problem.validate();
+                 return problem;
+               }),
+           py::arg("m"), py::arg("n"), py::arg("k"), py::arg("rank") = 0,
+           py::arg("dtype") = "bfloat16", py::arg("num_sms") = 132)
+      .def_readonly("m", &Problem::m)
+      .def_readonly("n", &Problem::n)
+      .def_readonly("k", &Problem::k)
+      .def_readonly("rank", &Problem::rank)
+      .def_readonly("dtype", &Problem::dtype)
+      .def_readonly("num_sms", &Problem::num_sms)
+      .def("__repr__", &printed<Problem>);
+
+  py::class_<TileConfig>(m, "TileConfig", "One way to cut a Problem; to_list() is what ops take.")
+      .def_readonly("block_m", &TileConfig::block_m)
+      .def_readonly("block_n", &TileConfig::block_n)
+      .def_readonly("stages", &TileConfig::stages)
+      .def_readonly("cluster_m", &TileConfig::cluster_m)
+      .def_readonly("cluster_n", &TileConfig::cluster_n)
+      .def_readonly("split_k", &TileConfig::split_k)
+      .def_readonly("group_m", &TileConfig::group_m)
+      .def_property_readonly("shared_memory", &TileConfig::shared_memory, "Bytes one CTA uses.")
+      .def("to_list", &TileConfig::to_list)
+      .def_static("from_list", &TileConfig::from_list, py::arg("list"),
+                  "The inverse of to_list(); ValueError for what no kernel can run.")
+      .def("__eq__", &TileConfig::operator==, py::is_operator())
+      .def("__hash__",
+           [](const TileConfig& c) { return py::hash(py::tuple(py::cast(c.to_list()))); })
+      .def("__repr__", &printed<TileConfig>);
+
+  m.def("plan", &plan, py::arg("problem"), "The configuration predicted to be the fastest.");
+  m.def("candidates", &candidates, py::arg("problem"), "Every sensible configuration, best first.");
+  m.def("estimate", &estimate, py::arg("problem"), py::arg("config"), "Predicted SM clocks.");
+  m.def("build_info", &build_info, "How this binary was built.");
+}

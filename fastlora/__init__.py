@@ -1,0 +1,76 @@
+"""fastlora: low-rank adaptation at the price of the frozen linear. See README.md and ``fastlora.explain``.
+
+Importing starts no CUDA context and needs neither the compiled library nor triton, transformers or peft.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it. Loaded on first use, so that an import costs torch and nothing else.
+_EXPORTS = {
+    "lora_linear": "functional",
+    "backend": "ops",
+    "explain": "ops",
+    "launches": "_counters",
+    "reset_launches": "_counters",
+    "build_info": "_library",
+    "LoRALinear": "layers",
+    "LoraConfig": "methods",
+    "PeftModel": "models",
+    "get_peft_model": "models",
+    "accelerate": "models",
+    "restore": "models",
+    "acceleration_report": "models",
+    "save_adapter": "io",
+    "load_adapter": "io",
+}
+
+if TYPE_CHECKING:
+    from ._counters import launches, reset_launches
+    from ._library import build_info
+    from .functional import lora_linear
+    from .io import load_adapter, save_adapter
+    from .layers import LoRALinear
+    from .methods import LoraConfig
+    from .models import PeftModel, accelerate, acceleration_report, get_peft_model, restore
+    from .ops import backend, explain
+
+__all__ = [
+    "LoRALinear",
+    "LoraConfig",
+    "PeftModel",
+    "__version__",
+    "accelerate",
+    "acceleration_report",
+    "backend",
+    "build_info",
+    "explain",
+    "get_peft_model",
+    "launches",
+    "load_adapter",
+    "lora_linear",
+    "reset_launches",
+    "restore",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    try:
+        return importlib.import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,5 @@
+"""One torch.autograd.Function per public function."""
+
+from .lora_linear import LoraLinearFunction
+
+__all__ = ["LoraLinearFunction"]

@@ -1,0 +1,132 @@
+"""y = x W^T + bias + h B^T and its gradients, as fastlora/README states them.
+
+    forward   h  = s' drop(x) A^T                y  = x W^T + bias + h B^T
+    backward  g  = s' dY B                       dX = dY W + mask * (g A)
+              dA = g^T drop(x)                   dB = dY^T h                 dbias = sum_m dY
+
+with s' = s / (1 - p): the mask's scale is folded into h and g, so nothing else multiplies. Saved: x as it came (one
+tensor, however many layers share it), h, and the two-word dropout state; never a mask, a cast copy or W in another form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..rng import keep_scale
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """Inputs: x [..., K], weight [N, K], lora_a [r, K], lora_b [N, r], scaling (float | 0-d Tensor), bias [N] or None,
+    keep threshold, rng_state int64[2] or None, compute dtype. ``functional.lora_linear`` has checked them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float | Tensor,
+        bias: Tensor | None,
+        keep: int,
+        rng_state: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        need_x, need_a, need_b = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[2],
+            ctx.needs_input_grad[3],
+        )
+        low_rank = lora_a.shape[0] > 0 and keep > 0
+        scale, scaling_tensor = _split_scaling(scaling, keep)
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
+
+        words = (
+            ops.mask(rng_state, rows.shape[0], rows.shape[1], keep)
+            if low_rank and rng_state is not None
+            else None
+        )
+        h = ops.down(rows, lora_a, scaling_tensor, scale, words) if low_rank else None
+        y = ops.gemm(rows, weight.to(dtype), h, lora_b if low_rank else None, bias)
+
+        ctx.save_for_backward(
+            x if need_a and low_rank else None,
+            weight if need_x else None,
+            lora_a if low_rank and need_x else None,
+            lora_b if low_rank and (need_x or need_a) else None,
+            h if need_b else None,
+            rng_state if low_rank else None,
+            scaling_tensor,
+        )
+        ctx.scale, ctx.keep, ctx.dtype, ctx.low_rank = scale, keep, dtype, low_rank
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.a_like, ctx.b_like = (lora_a.shape, lora_a.dtype), (lora_b.shape, lora_b.dtype)
+        ctx.bias_dtype = bias.dtype if bias is not None else None
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastlora.lora_linear has no second derivative: backward was called with create_graph=True. "
+                "Call backward without it, or use fastlora.reference.lora_linear where a double backward is needed"
+            )
+        (grad,) = grads
+        x, weight, lora_a, lora_b, h, rng_state, scaling_tensor = ctx.saved_tensors
+        need_x, _, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
+        dtype, keep = ctx.dtype, ctx.keep
+        dy = grad.to(dtype).reshape(-1, grad.shape[-1])
+
+        g = words = None
+        if ctx.low_rank and (need_x or need_a):
+            g = ops.down(dy, lora_b.t(), scaling_tensor, ctx.scale)
+            if (
+                rng_state is not None
+            ):  # made again, not saved: two words of state stand for the whole mask
+                words = ops.mask(rng_state, dy.shape[0], ctx.x_shape[-1], keep)
+
+        dx = None
+        if need_x:
+            a_t = None if g is None else lora_a.t()
+            dx = ops.gemm(dy, weight.to(dtype).t(), g, a_t, None, words)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+
+        d_a = d_b = d_bias = None
+        want_a, want_b = need_a and ctx.low_rank, need_b and ctx.low_rank
+        if want_a or want_b or need_bias:
+            d_a, d_b, d_bias = ops.wgrad(
+                x.to(dtype).reshape(-1, x.shape[-1]) if want_a else None,
+                g if want_a else None,
+                dy if want_b or need_bias else None,
+                h if want_b else None,
+                words,
+                ctx.a_like[1],
+                ctx.b_like[1],
+                ctx.bias_dtype if need_bias else None,
+            )
+        if need_a and not want_a:
+            d_a = dy.new_zeros(ctx.a_like[0], dtype=ctx.a_like[1])
+        if need_b and not want_b:
+            d_b = dy.new_zeros(ctx.b_like[0], dtype=ctx.b_like[1])
+        return (
+            dx,
+            None,
+            d_a if need_a else None,
+            d_b if need_b else None,
+            None,
+            d_bias if need_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _split_scaling(scaling: float | Tensor, keep: int) -> tuple[float, Tensor | None]:
+    """(host factor, device factor): a tensor is read on the device, so that changing it recompiles nothing."""
+    if isinstance(scaling, Tensor):
+        return keep_scale(keep), scaling
+    return scaling * keep_scale(keep), None

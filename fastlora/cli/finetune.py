@@ -1,0 +1,255 @@
+"""``fastlora finetune``: options to a configuration, a configuration to a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..training.config import BACKENDS, DTYPES, LOSS_ON, METHODS, SCHEDULES, FinetuneConfig
+from ..training.errors import InputError
+from .app import told_errors
+
+_ADAPTER, _DATA, _TRAINING, _MACHINE = "Adapter", "Data", "Training", "Machine and files"
+
+
+def _option(*names: str, group: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=group, help=help, **more)
+
+
+def finetune_command(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        _option(
+            "--model", "-m", group=_DATA, help="Local transformers directory, or a .gguf file."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        _option(
+            "--data",
+            "-d",
+            group=_DATA,
+            help='.txt, or .jsonl with {"prompt","completion"}, {"messages"} or {"text"} on each line.',
+        ),
+    ] = None,
+    output: Annotated[
+        str,
+        _option(
+            "--output",
+            "-o",
+            group=_DATA,
+            help="Directory for the adapter, checkpoints, log and curve.",
+        ),
+    ] = FinetuneConfig.output,
+    eval_data: Annotated[
+        str | None,
+        _option(
+            "--eval-data", group=_DATA, help="Held-out file (else a part of --data is held out)."
+        ),
+    ] = None,
+    eval_fraction: Annotated[
+        float,
+        _option(
+            "--eval-fraction", group=_DATA, help="Share of --data to hold out, chosen by --seed."
+        ),
+    ] = FinetuneConfig.eval_fraction,
+    eval_tokens: Annotated[
+        int, _option("--eval-tokens", group=_DATA, help="Evaluate on at most this many tokens.")
+    ] = FinetuneConfig.eval_tokens,
+    loss_on: Annotated[
+        str,
+        _option(
+            "--loss-on",
+            group=_DATA,
+            help=f"{' or '.join(LOSS_ON)}: what of a prompt or chat is trained on.",
+        ),
+    ] = FinetuneConfig.loss_on,
+    packing: Annotated[
+        bool,
+        _option(
+            "--packing/--no-packing",
+            group=_DATA,
+            help="Fill blocks of --seq-length with several documents.",
+        ),
+    ] = FinetuneConfig.packing,
+    seq_length: Annotated[
+        int, _option("--seq-length", group=_DATA, help="Tokens in a block.")
+    ] = FinetuneConfig.seq_length,
+    method: Annotated[
+        str, _option("--method", group=_ADAPTER, help=f"{' or '.join(METHODS)}.")
+    ] = FinetuneConfig.method,
+    r: Annotated[
+        int, _option("--r", "--rank", "-r", group=_ADAPTER, help="Rank.")
+    ] = FinetuneConfig.r,
+    alpha: Annotated[
+        float,
+        _option("--alpha", group=_ADAPTER, help="Scaling is alpha / r (rslora: alpha / sqrt r)."),
+    ] = FinetuneConfig.alpha,
+    dropout: Annotated[
+        float, _option("--dropout", group=_ADAPTER, help="Dropout on the low-rank path.")
+    ] = FinetuneConfig.dropout,
+    target_modules: Annotated[
+        str,
+        _option(
+            "--target-modules",
+            group=_ADAPTER,
+            help="all-linear, names split by commas, or regex:PATTERN.",
+        ),
+    ] = FinetuneConfig.target_modules,
+    learning_rate: Annotated[
+        float,
+        _option("--learning-rate", "--lr", group=_TRAINING, help="Peak learning rate of AdamW."),
+    ] = FinetuneConfig.learning_rate,
+    schedule: Annotated[
+        str,
+        _option(
+            "--schedule", group=_TRAINING, help=f"{' or '.join(SCHEDULES)}, after the warm-up."
+        ),
+    ] = FinetuneConfig.schedule,
+    warmup: Annotated[
+        float, _option("--warmup", group=_TRAINING, help="Share of the run to warm up.")
+    ] = FinetuneConfig.warmup,
+    weight_decay: Annotated[
+        float, _option("--weight-decay", group=_TRAINING, help="AdamW's.")
+    ] = FinetuneConfig.weight_decay,
+    grad_clip: Annotated[
+        float,
+        _option("--grad-clip", group=_TRAINING, help="Largest gradient norm; 0 does not clip."),
+    ] = FinetuneConfig.grad_clip,
+    batch_size: Annotated[
+        int, _option("--batch-size", "-b", group=_TRAINING, help="Blocks at once.")
+    ] = FinetuneConfig.batch_size,
+    grad_accumulation: Annotated[
+        int, _option("--grad-accumulation", group=_TRAINING, help="Batches per optimizer step.")
+    ] = FinetuneConfig.grad_accumulation,
+    epochs: Annotated[
+        float,
+        _option("--epochs", group=_TRAINING, help="Passes over the data; parts of one are fine."),
+    ] = FinetuneConfig.epochs,
+    max_steps: Annotated[
+        int | None, _option("--max-steps", group=_TRAINING, help="Stop after so many steps.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        _option(
+            "--max-minutes",
+            group=_TRAINING,
+            help="Stop after so many minutes of training; the schedule fits.",
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int,
+        _option(
+            "--eval-every",
+            group=_TRAINING,
+            help="Evaluate every N steps too; 0: before and after only.",
+        ),
+    ] = FinetuneConfig.eval_every,
+    gradient_checkpointing: Annotated[
+        bool,
+        _option(
+            "--gradient-checkpointing",
+            group=_TRAINING,
+            help="Recompute activations: less memory, slower.",
+        ),
+    ] = FinetuneConfig.gradient_checkpointing,
+    seed: Annotated[
+        int, _option("--seed", group=_TRAINING, help="Of data order, split, adapter and dropout.")
+    ] = (FinetuneConfig.seed),
+    dtype: Annotated[
+        str, _option("--dtype", group=_MACHINE, help=f"{', '.join(DTYPES)}: of the frozen model.")
+    ] = FinetuneConfig.dtype,
+    device: Annotated[
+        str, _option("--device", group=_MACHINE, help="auto, cpu, cuda, cuda:1, ...")
+    ] = FinetuneConfig.device,
+    backend: Annotated[
+        str,
+        _option(
+            "--backend",
+            group=_MACHINE,
+            help=f"{', '.join(BACKENDS)}: fastlora's kernels to prefer.",
+        ),
+    ] = FinetuneConfig.backend,
+    deterministic: Annotated[
+        bool,
+        _option(
+            "--deterministic/--no-deterministic",
+            group=_MACHINE,
+            help="Ask torch for repeatable kernels too.",
+        ),
+    ] = FinetuneConfig.deterministic,
+    save_every: Annotated[
+        int,
+        _option(
+            "--save-every", group=_MACHINE, help="Checkpoint every N steps; 0: at the end only."
+        ),
+    ] = FinetuneConfig.save_every,
+    keep_last: Annotated[
+        int, _option("--keep-last", group=_MACHINE, help="Checkpoints to keep.")
+    ] = FinetuneConfig.keep_last,
+    sample_prompt: Annotated[
+        str | None,
+        _option(
+            "--sample-prompt", group=_MACHINE, help="Continue this text before and after training."
+        ),
+    ] = None,
+    sample_tokens: Annotated[
+        int, _option("--sample-tokens", group=_MACHINE, help="Tokens of that sample.")
+    ] = FinetuneConfig.sample_tokens,
+    resume: Annotated[
+        bool,
+        _option(
+            "--resume",
+            group=_MACHINE,
+            help="Continue the run in --output; its options are those it began with.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, _option("--overwrite", group=_MACHINE, help="Replace the run in --output.")
+    ] = False,
+    debug: Annotated[bool, _option("--debug", group=_MACHINE, help="Show tracebacks.")] = False,
+) -> None:
+    """Fine-tune a local causal language model on text or JSONL.
+
+    Prints held-out perplexity before and after, and leaves the adapter (PEFT's layout), checkpoints to --resume from,
+    a loss curve and a JSON log in --output.
+    """
+    options = dict(context.params)
+    for flag in ("resume", "overwrite", "debug"):
+        options.pop(flag)
+    given = {name for name in options if _on_the_command_line(context, name)}
+    with told_errors(debug):
+        if resume and overwrite:
+            raise InputError("--resume and --overwrite exclude each other")
+        config = _resumed(output, options, given) if resume else _fresh(options)
+        config.validate()
+        from ..training import finetune
+
+        finetune(config, resume=resume, overwrite=overwrite)
+
+
+def _on_the_command_line(context: typer.Context, name: str) -> bool:
+    # By name: typer brings its own click, and which of the two holds the enum depends on its version.
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _fresh(options: dict[str, Any]) -> FinetuneConfig:
+    for name in ("model", "data"):
+        if options[name] is None:
+            raise InputError(f"--{name} is missing")
+    return FinetuneConfig(**options)
+
+
+def _resumed(output: str, options: dict[str, Any], given: set[str]) -> FinetuneConfig:
+    """The options the run began with, and over them those given now (the engine refuses what may not change)."""
+    from ..training.output import read_run
+
+    saved = FinetuneConfig.from_json(read_run(Path(output))["config"])
+    return dataclasses.replace(
+        saved, output=output, **{name: options[name] for name in given - {"output"}}
+    )

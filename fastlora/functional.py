@@ -1,0 +1,142 @@
+"""The public functions. They check what they are given, settle dtypes, draw the dropout state and apply a Function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import rng
+from .autograd import LoraLinearFunction
+from .ops.support import MAX_RANK
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """A frozen linear and its low-rank update in one product (LoRA, arXiv 2106.09685).
+
+    ``y = x weight^T + bias + scaling * dropout(x) lora_a^T lora_b^T``, accumulated in fp32 and rounded once.
+
+    Args:
+        x: input [..., K]; float32, bfloat16 or float16 (float64 on the torch backend). Any strides, any row count.
+        weight: frozen weight [N, K] in x's dtype. Under autocast x, weight and bias are cast to its dtype.
+        lora_a: [r, K] in x's dtype or float32; 0 <= r <= 512. Its gradient comes in its own dtype.
+        lora_b: [N, r], likewise.
+        scaling: a float, or a 0-d tensor on x's device (read there: changing its value recompiles nothing).
+        bias: [N] or None; a gradient is computed only where it requires one.
+        dropout_p: probability of dropping an element of x on the low-rank path (quantised to 1/65536).
+        training: dropout applies only when True.
+
+    Returns:
+        y [..., N] in the compute dtype (x's, or autocast's).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
+        RuntimeError: ``weight`` requires grad; or, in backward, a second derivative is asked for.
+    """
+    dtype = _compute_dtype(x, weight)
+    _check(x, weight, lora_a, lora_b, scaling, bias, dtype)
+    keep = rng.keep_threshold(dropout_p) if training else rng.KEEP_ALL
+    dropping = 0 < keep < rng.KEEP_ALL
+    rng_state = rng.draw_state(x.device) if dropping else None
+    y: Tensor = LoraLinearFunction.apply(
+        x, weight, lora_a, lora_b, scaling, bias, keep, rng_state, dtype
+    )
+    return y
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    for name, value in (("x", x), ("weight", weight)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}; accepted is a torch.Tensor")
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if x.dtype != weight.dtype:
+        raise ValueError(
+            f"x: got {x.dtype} where weight is {weight.dtype}; accepted is one dtype for both: cast x with "
+            f"x.to({weight.dtype}), or run under torch.autocast({device!r})"
+        )
+    return x.dtype
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"x: got {dtype}; accepted are {', '.join(map(str, _DTYPES))}")
+    if weight.ndim != 2:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}; accepted is [N, K], as in nn.Linear"
+        )
+    if weight.requires_grad:
+        raise RuntimeError(
+            "weight: requires grad, but the low-rank update is trained beside a frozen weight; call "
+            "weight.requires_grad_(False) (fastlora.get_peft_model does it for a whole model)"
+        )
+    n, k = weight.shape
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}; accepted is [..., {k}], for weight is [{n}, {k}]"
+        )
+    rank = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.ndim == 2 else "r"
+    for name, value, shape in (
+        ("lora_a", lora_a, (rank, k)),
+        ("lora_b", lora_b, (n, rank)),
+        ("bias", bias, (n,)),
+    ):
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}; accepted is a torch.Tensor")
+        if tuple(value.shape) != shape:
+            wanted = ", ".join(map(str, shape))
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}; accepted is [{wanted}]")
+        if value.dtype not in (x.dtype, dtype, torch.float32):
+            raise ValueError(
+                f"{name}: got {value.dtype}; accepted are {dtype} and torch.float32: cast it with .to()"
+            )
+        if value.device != x.device:
+            raise ValueError(
+                f"{name}: is on {value.device}, x on {x.device}; move it with .to({str(x.device)!r})"
+            )
+    if weight.device != x.device:
+        raise ValueError(
+            f"weight: is on {weight.device}, x on {x.device}; move one of them with .to()"
+        )
+    if isinstance(rank, int) and rank > MAX_RANK:
+        raise ValueError(f"lora_a: got rank {rank}; accepted are 0 to {MAX_RANK}")
+    if isinstance(scaling, Tensor):
+        if scaling.ndim != 0 or scaling.device != x.device or scaling.requires_grad:
+            raise ValueError(
+                f"scaling: got a tensor of shape {tuple(scaling.shape)} on {scaling.device} (requires_grad="
+                f"{scaling.requires_grad}); accepted is a float, or a 0-d tensor on {x.device} that needs no grad"
+            )
+    elif not isinstance(scaling, (int, float)):
+        raise TypeError(
+            f"scaling: got {type(scaling).__name__}; accepted is a float or a 0-d tensor"
+        )
+
+
+# The same function as a torch op, so that exported programs keep it as one node. Composite: it has no formula of its own.
+_library = torch.library.Library("fastlora", "FRAGMENT")
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling=1.0, Tensor? bias=None, "
+    "float dropout_p=0.0, bool training=True) -> Tensor"
+)
+_library.impl("lora_linear", lora_linear, "CompositeImplicitAutograd")

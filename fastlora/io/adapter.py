@@ -1,0 +1,358 @@
+"""``save_adapter`` and ``load_adapter``: PEFT's folder of two files, both ways.
+
+    in the model (under base_model.model.)      in the file
+    <m>.lora_A.<adapter>                        <m>.lora_A.weight
+    <m>.modules_to_save.<adapter>.<p>           <m>.<p>
+    <m>.bias of an adapted linear               <m>.base_layer.bias        (bias="all", "lora_only")
+    <m>.bias of any other module                <m>.bias                   (bias="all")
+
+An adapter that is not called "default" lives in a sub-folder of its name.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..layers import LoRALayer, LoRALinear, TrainableCopy
+from ..layers.base import check_adapter_name
+from ..layers.plain import FLOATS
+from ..methods import LoraConfig
+from ..methods.lora import CONFIG_NAME
+from ..models.inject import Injection, set_trainable, trained_biases
+from ..models.peft_model import PeftModel
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+RECORD_NAME = "trainable_parameters.json"
+_PREFIX = "base_model.model."
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an adapter, for stock ``peft.PeftModel.from_pretrained`` or ``load_adapter``.
+
+    Writes ``adapter_config.json``, ``adapter_model.safetensors`` and ``trainable_parameters.json``
+    (which parameters are trained). Each file is complete under another name before any takes its
+    place, so a full disk leaves the old ones.
+
+    Args:
+        model: a ``fastlora.PeftModel``.
+        path: a folder; made if missing.
+        adapter_name: the adapter; one not called "default" goes into ``path/adapter_name``.
+        state_dict: values to write instead of the model's (keys as in ``model.state_dict()``).
+
+    Raises:
+        TypeError: ``model`` is no fastlora.PeftModel.
+        ValueError: it has no such adapter; ``path`` is a file; or ``state_dict`` lacks some of the
+            adapter.
+        OSError: the files could not be written; what was there before is still there.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"model: got {type(model).__name__}; accepted is a fastlora.PeftModel. A stock peft "
+            "model, accelerated or not, saves itself: model.save_pretrained(path)"
+        )
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"adapter_name: got {adapter_name!r}; this model has {sorted(model.peft_config)}"
+        )
+    folder = Path(path) if adapter_name == "default" else Path(path) / adapter_name
+    if Path(path).is_file():
+        raise ValueError(f"path: {path} is a file; accepted is a folder")
+    entries = _entries(model, adapter_name)
+    tensors = {key: entry.tensor for key, entry in entries.items()}
+    if state_dict is not None:
+        absent = sorted(entry.key for entry in entries.values() if entry.key not in state_dict)
+        if absent:
+            raise ValueError(
+                f"state_dict: lacks {len(absent)} of the adapter's parameters, {absent[0]!r} among "
+                "them"
+            )
+        tensors = {key: state_dict[entry.key] for key, entry in entries.items()}
+    config = model.peft_config[adapter_name]
+    base = type(model.get_base_model())
+    mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    changes = {"inference_mode": True, "auto_mapping": None if config.task_type else mapping}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_together(
+        {
+            folder / WEIGHTS_NAME: lambda file: save_file(
+                _own_storage(tensors), file, metadata={"format": "pt"}
+            ),
+            folder / RECORD_NAME: lambda file: file.write_text(
+                model.trainable_json(), encoding="utf-8"
+            ),
+            folder / CONFIG_NAME: lambda file: file.write_text(
+                config.to_json(**changes), encoding="utf-8"
+            ),
+        }
+    )
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool | None = None,
+) -> PeftModel:
+    """Read an adapter that fastlora or stock peft wrote.
+
+    Args:
+        model: a ``fastlora.PeftModel`` that has ``adapter_name`` already (its values are replaced),
+            or a base model (adapters are put in as the file says, frozen and in eval mode unless
+            ``is_trainable``).
+        path: the folder with the two files, or the one above it where the adapter has a sub-folder
+            of its name.
+        adapter_name: the adapter to fill.
+        is_trainable: whether it trains afterwards; None: as before.
+
+    Returns:
+        ``model``, or the PeftModel around it.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        FileNotFoundError: a file is missing; ``adapter_model.bin`` alone is not read (it would be
+            unpickled).
+        ValueError, NotImplementedError: a file is torn, or does not fit the model. The model is
+            then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
+    folder = _find_folder(Path(path), check_adapter_name(adapter_name))
+    config = LoraConfig.from_pretrained(folder)
+    if isinstance(model, PeftModel):
+        _check_same_method(model, adapter_name, config, folder)
+        _fill(model, adapter_name, _read(folder / WEIGHTS_NAME))
+        if is_trainable is not None:
+            own = model.peft_config[adapter_name]
+            set_trainable(model.get_base_model(), own, adapter_name, is_trainable)
+        return model
+
+    tensors = _read(folder / WEIGHTS_NAME)
+    config.inference_mode = not is_trainable
+    injection = Injection(model, config, adapter_name)
+    injection.apply()
+    try:
+        wrapped = injection.wrap()
+        _fill(wrapped, adapter_name, tensors)
+    except BaseException:
+        injection.undo()
+        raise
+    return wrapped if is_trainable else wrapped.eval()
+
+
+# Keys.
+
+
+class _Entry(NamedTuple):
+    """A tensor of an adapter: its key in ``model.state_dict()`` and the tensor itself. The model's
+    whole state_dict is never asked for: bitsandbytes repacks a base's 4-bit weights when it is."""
+
+    key: str
+    tensor: Tensor
+
+
+def _entries(model: PeftModel, adapter_name: str) -> dict[str, _Entry]:
+    """Key in the file -> entry, for everything that belongs to one adapter."""
+    base, entries, adapted = model.get_base_model(), {}, set()
+    for name, module in base.named_modules():
+        at = f"{_PREFIX}{name}." if name else _PREFIX
+        if isinstance(module, LoRALayer):
+            if isinstance(module, LoRALinear):
+                adapted.add(f"{name}.bias")
+            if adapter_name in module.r:
+                for part, factors in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+                    entries[f"{at}{part}.weight"] = _Entry(
+                        f"{at}{part}.{adapter_name}", factors[adapter_name]
+                    )
+        elif isinstance(module, TrainableCopy) and adapter_name in module.modules_to_save:
+            for key, tensor in module.modules_to_save[adapter_name].state_dict().items():
+                entries[f"{at}{key}"] = _Entry(f"{at}modules_to_save.{adapter_name}.{key}", tensor)
+    for name, bias in trained_biases(base, model.peft_config[adapter_name]).items():
+        in_file = f"{name.removesuffix('bias')}base_layer.bias" if name in adapted else name
+        entries[f"{_PREFIX}{in_file}"] = _Entry(f"{_PREFIX}{name}", bias)
+    return entries
+
+
+def _embedding_entries(model: PeftModel) -> dict[str, _Entry]:
+    """Base weights that PEFT adds to the file of a transformers model: embeddings that were
+    resized, or an adapted output layer's. They are read if they are there; ``save_adapter`` does
+    not write them."""
+    base, entries = model.get_base_model(), {}
+    ends = [getattr(base, f"get_{end}_embeddings", None) for end in ("input", "output")]
+    embeddings = [end() for end in ends if callable(end)]
+    for name, module in base.named_modules():
+        if any(module is embedding for embedding in embeddings):
+            inner = "base_layer." if isinstance(module, LoRALinear) else ""
+            for key, tensor in module._parameters.items():  # a TrainableCopy has none of its own
+                if tensor is not None:
+                    entries[f"{_PREFIX}{name}.{inner}{key}"] = _Entry(
+                        f"{_PREFIX}{name}.{key}", tensor
+                    )
+    return entries
+
+
+def _check_same_method(
+    model: PeftModel, adapter_name: str, config: LoraConfig, folder: Path
+) -> None:
+    """The values only mean the same with the same scaling; shapes say the rest."""
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"adapter_name: got {adapter_name!r}; this model has {sorted(model.peft_config)}. Load "
+            "into one of them, or into the base model"
+        )
+    own = model.peft_config[adapter_name]
+    for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
+        ours, theirs = getattr(own, field), getattr(config, field)
+        if ours != theirs:
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: has {field}={theirs!r} where the model's adapter "
+                f"{adapter_name!r} has {ours!r}; build the model with "
+                "fastlora.LoraConfig.from_pretrained(path)"
+            )
+
+
+# Reading: everything is checked before anything is copied.
+
+
+def _find_folder(path: Path, adapter_name: str) -> Path:
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"path: {path} is no folder; accepted is one with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        )
+    inside = path / adapter_name
+    folder = (
+        inside if not (path / CONFIG_NAME).is_file() and (inside / CONFIG_NAME).is_file() else path
+    )
+    if not (folder / WEIGHTS_NAME).is_file() and (folder / "adapter_model.bin").is_file():
+        raise FileNotFoundError(
+            f"{folder}: has adapter_model.bin and no {WEIGHTS_NAME}; pickled files can run code "
+            "and are not read. Convert it where you trust it: "
+            "peft.PeftModel.from_pretrained(base, path).save_pretrained(new_path)"
+        )
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name}: not found; an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}"
+            )
+    return folder
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as stored:
+            keys = stored.keys()  # not a dict: it cannot be iterated itself
+            return {key: stored.get_tensor(key) for key in keys}
+    except (SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({error}); copy or write it again"
+        ) from None
+
+
+def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    entries = _entries(model, adapter_name)
+    entries |= {k: entry for k, entry in _embedding_entries(model).items() if k in tensors}
+    tensors = {k: v for k, v in tensors.items() if k in entries or not _is_shadow(k, adapter_name)}
+    _check_keys(entries, tensors, model)
+    for key, entry in entries.items():
+        value, target = tensors[key], entry.tensor
+        if value.shape != target.shape:
+            raise ValueError(
+                f"{key}: has shape {tuple(value.shape)} in the file where the model needs "
+                f"{tuple(target.shape)}; the adapter was made for another base model or rank"
+            )
+        if target.is_floating_point() and value.dtype not in FLOATS:
+            raise ValueError(
+                f"{key}: is {value.dtype} in the file; accepted are {', '.join(map(str, FLOATS))}"
+            )
+        if _is_sharded(target):
+            raise ValueError(f"{entry.key}: is sharded; load the adapter before fully_shard")
+        if target.device.type == "meta":
+            raise ValueError(
+                f"{entry.key}: is on the meta device; give the model real parameters first "
+                "(to_empty)"
+            )
+    with torch.no_grad():
+        for key, entry in entries.items():
+            entry.tensor.copy_(tensors[key])
+
+
+def _is_shadow(key: str, adapter_name: str) -> bool:
+    """With bias="all", PEFT also stores the biases of a modules_to_save module a second time, and
+    the frozen original's."""
+    return key.endswith(
+        (".original_module.bias", ".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias")
+    )
+
+
+def _check_keys(
+    keys: Mapping[str, _Entry], tensors: Mapping[str, Tensor], model: PeftModel
+) -> None:
+    missing, unexpected = sorted(set(keys) - set(tensors)), sorted(set(tensors) - set(keys))
+    parts = [
+        f"{word} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for word, names in (("lacks", missing), ("has unknown", unexpected))
+        if names
+    ]
+    if parts:
+        raise ValueError(
+            f"{WEIGHTS_NAME}: {' and '.join(parts)} of the {len(keys)} tensors that this "
+            f"{type(model.get_base_model()).__name__}'s adapter has; it was made for other "
+            "modules, or is torn"
+        )
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return type(tensor).__name__ == "DTensor"
+
+
+# Writing.
+
+
+def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in tensors.items():
+        if _is_sharded(value):
+            raise ValueError(
+                f"{key}: is sharded; gather it on all ranks and pass state_dict=..., with keys as "
+                "in model.state_dict()"
+            )
+        value = value.detach().cpu().contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if pointer in seen else value
+        seen.add(pointer)
+    return result
+
+
+def _write_together(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Write every file beside its place, then move them all in."""
+    suffix = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    drafts = {place: place.with_name(f".{place.name}{suffix}") for place in writers}
+    try:
+        for place, write in writers.items():
+            write(drafts[place])
+            with open(drafts[place], "rb+") as file:
+                os.fsync(file.fileno())
+        for place, draft in drafts.items():
+            os.replace(draft, place)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not write {place}: {error}. Free some space or choose another folder"
+        ) from error
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)

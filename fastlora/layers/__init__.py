@@ -1,0 +1,8 @@
+"""Modules that carry adapters; they need torch alone. ``get_peft_model`` puts them into a model."""
+
+from .base import LoRALayer
+from .linear import LoRALinear
+from .saved import TrainableCopy
+from .wrapper import LoRAWrapper
+
+__all__ = ["LoRALayer", "LoRALinear", "LoRAWrapper", "TrainableCopy"]

@@ -1,0 +1,169 @@
+"""``LoRALinear``: a frozen nn.Linear and its adapters as one product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import lora_linear
+from .base import LoRALayer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LoRALinear(LoRALayer):
+    """``y = x W^T + bias + scaling * dropout(x) A^T B^T``, W [N, K] frozen (arXiv 2106.09685).
+
+    ``weight`` and ``bias`` keep the names of nn.Linear, so a base checkpoint loads with
+    ``strict=False``; the adapters are ``lora_A.<name>`` and ``lora_B.<name>``. With one active
+    adapter forward is ``fastlora.lora_linear``; with none it is the base; with several it adds
+    their updates in plain torch.
+
+    Args:
+        in_features, out_features: K and N.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: the first
+            adapter, named "default"; see ``LoRALayer.add_adapter``.
+        bias: whether the base has a bias [N]. It is frozen like the weight;
+            ``layer.bias.requires_grad_()`` trains it.
+        use_dora: refused, not there yet.
+        device, dtype: of the base weight.
+
+    Raises:
+        ValueError: an argument is out of range.
+        NotImplementedError: ``use_dora=True``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        _refuse_dora(use_dora)
+        self._share(nn.Linear(in_features, out_features, bias, device, dtype))
+        self.add_adapter(
+            "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
+        self._freeze_base()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
+        adapter_name: str = "default",
+    ) -> Self:
+        """A layer over ``linear``'s own weight and bias: shared, not copied, and now frozen.
+
+        PiSSA and OLoRA give the new layer a weight of its own instead and leave ``linear`` as it
+        is.
+
+        Raises:
+            TypeError: ``linear`` is no nn.Linear.
+            ValueError: its weight is not floating point, or another argument is out of range.
+            NotImplementedError: ``use_dora=True``.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: got {type(linear).__name__}; accepted is a torch.nn.Linear")
+        if not linear.weight.is_floating_point() or linear.weight.shape != (
+            linear.out_features,
+            linear.in_features,
+        ):
+            raise ValueError(
+                f"linear: its weight is {linear.weight.dtype} {tuple(linear.weight.shape)}; "
+                "accepted is a float weight [N, K]. fastlora.layers.LoRAWrapper puts adapters "
+                "over a quantised linear"
+            )
+        _refuse_dora(use_dora)
+        layer = cls.__new__(cls)
+        LoRALayer.__init__(layer, linear.in_features, linear.out_features)
+        layer._share(linear)
+        layer.add_adapter(
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
+        layer._freeze_base()  # last: an error above leaves the caller's linear as it was
+        return layer.train(linear.training)
+
+    def _share(self, linear: nn.Linear) -> None:
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+
+    def _freeze_base(self) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def _base_weight(self) -> Tensor:
+        return self.weight.data
+
+    def _replace_base_weight(self, weight: Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
+        return self.weight.device, self.weight.dtype
+
+    def reset_parameters(self) -> None:
+        """Draw the base anew as nn.Linear does, then every adapter (after the meta device, say)."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # it reads weight and bias alone
+        self.reset_adapters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]; see ``fastlora.lora_linear`` for dtypes and errors."""
+        names = self._acting()
+        if len(names) == 1 and self._fused_dtype(x, self.lora_A[names[0]]):
+            name = names[0]
+            return lora_linear(
+                x,
+                self.weight,
+                self.lora_A[name],
+                self.lora_B[name],
+                self.scaling[name],
+                self.bias,
+                self.lora_dropout[name],
+                self.training,
+            )
+        y = F.linear(x, self.weight, self.bias)
+        return self._add_updates(y, x, names) if names else y
+
+    @staticmethod
+    def _fused_dtype(x: Tensor, a: Tensor) -> bool:
+        """Adapters below x's precision (cast to bf16 in an fp32 model) go through plain torch."""
+        return (
+            a.dtype == torch.float32
+            or a.dtype == x.dtype
+            or torch.is_autocast_enabled(x.device.type)
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+def _refuse_dora(use_dora: bool) -> None:
+    if use_dora:
+        raise NotImplementedError(
+            "use_dora: got True; DoRA is not there yet. Use peft.LoraConfig(use_dora=True) with "
+            "peft.get_peft_model (fastlora.accelerate then speeds up the model's plain LoRA layers)"
+        )

@@ -1,0 +1,5 @@
+"""Configurations, with PEFT's field names, and the rules by which they choose modules."""
+
+from .lora import LoraConfig
+
+__all__ = ["LoraConfig"]

@@ -1,0 +1,43 @@
+"""The PeftModel of transformers models: also a ``peft.PeftModel``, as Trainer and TRL expect.
+
+Imported only when there is such a model and peft is installed. The class stands at module level so
+that it pickles.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..layers import LoRALayer
+from .peft_model import PeftModel
+
+# Libraries ask whether a module is an adapter layer by this class: TRL refuses an adapted lm_head
+# (its loss reads the weight past the module), and accelerate's FSDP checkpoints find the adapters
+# through it.
+BaseTunerLayer.register(LoRALayer)
+
+
+class TransformersPeftModel(PeftModel, peft.PeftModel):  # type: ignore[misc, override]
+    """fastlora's methods come first; of peft.PeftModel it has the type, and push_to_hub."""
+
+
+def _refusal(name: str) -> Any:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{name}: fastlora's PeftModel does not have it yet. Save the adapter and load it with "
+            "stock peft.PeftModel.from_pretrained, which has; fastlora.accelerate(model) makes "
+            "that model fast"
+        )
+
+    refuse.__name__ = name
+    return refuse
+
+
+# PEFT's methods work on PEFT's layers. One that has no counterpart here must say so instead of
+# doing nothing.
+for _name, _value in vars(peft.PeftModel).items():
+    if callable(_value) and not _name.startswith("_") and _name not in vars(PeftModel):
+        setattr(TransformersPeftModel, _name, _refusal(_name))

@@ -1,0 +1,177 @@
+"""A ``peft.tuners.lora.Linear`` that runs ``lora_linear`` wherever that is the same thing.
+
+Imported only where there is a PEFT layer. ``_parts`` holds the conditions of the layer, which the
+report shows too, and ``_call_obstacle`` those of one call. Both run at every forward of every
+layer, so they read nn.Module's own dicts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import has_torch_function_unary
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..functional import lora_linear
+from ..layers.plain import FLOATS, is_undisturbed
+from ..ops.support import MAX_RANK
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+class _Parts(NamedTuple):
+    """What one product needs of a layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scaling: float | Tensor
+    dropout: nn.Module
+
+
+class FastLoraLinear(Linear):
+    """PEFT's layer in every respect but ``forward``."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., K] -> [..., N]: one product, or PEFT's own forward where that is not the same."""
+        parts = "called with more than x" if args or kwargs else _parts(self)
+        if isinstance(parts, str) or _call_obstacle(self, parts, x) is not None:
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        weight, bias, a, b, scaling, dropout = parts
+        p = dropout.p if type(dropout) is nn.Dropout else 0.0
+        return lora_linear(x, weight, a, b, scaling, bias, p, dropout.training)
+
+
+def adopt(layer: nn.Module) -> None:
+    """Give ``layer`` the fast class if it is PEFT's plain Linear and could ever be fast."""
+    if type(layer) is Linear and _never(layer) is None:
+        layer.__class__ = FastLoraLinear
+
+
+def is_stuck(layer: nn.Module) -> bool:
+    """Whether something (fully_shard, say) has built a class of its own upon the fast one."""
+    return isinstance(layer, FastLoraLinear) and type(layer) is not FastLoraLinear
+
+
+def release(layer: nn.Module) -> None:
+    """Give ``layer`` PEFT's class back."""
+    if type(layer) is FastLoraLinear:
+        layer.__class__ = Linear  # type: ignore[assignment]
+
+
+def obstacle(layer: Any) -> str | None:
+    """Why this PEFT layer's next forward cannot be fast, as far as the layer goes, or None."""
+    if not isinstance(layer, FastLoraLinear):
+        return _never(layer) or "not accelerated"
+    parts = _parts(layer)
+    return parts if isinstance(parts, str) else None
+
+
+def _never(layer: Any) -> str | None:
+    """What makes a layer slow for good (its kind, its base, or every one of its adapters)."""
+    if type(layer) is not Linear:
+        return f"PEFT's {type(layer).__name__} layer has no fast path"
+    reason = _base_obstacle(layer, layer.base_layer)
+    if reason is not None or not layer.lora_A:
+        return reason
+    reasons = [_adapter_obstacle(layer, name) for name in layer.lora_A]
+    return None if None in reasons else reasons[0]
+
+
+def _parts(layer: Any) -> _Parts | str:
+    """The parts of the product, or the reason why PEFT's forward has to run."""
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged into the base weight"
+    modules = layer._modules
+    base, lora_a = modules["base_layer"], modules["lora_A"]._modules
+    names = [name for name in layer.active_adapters if name in lora_a]
+    if len(names) != 1:
+        return f"{len(names)} active adapters: the fast path is for one"
+    name = names[0]
+    reason = _base_obstacle(layer, base) or _adapter_obstacle(layer, name)
+    if reason is not None:
+        return reason
+    a, b = lora_a[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    if not (is_undisturbed(base) and is_undisturbed(a)):
+        return "base_layer or lora_A has a hook or a forward of its own"
+    if not (is_undisturbed(b) and is_undisturbed(dropout)):
+        return "lora_B or lora_dropout has a hook or a forward of its own"
+    if _has_any_global_hook():
+        return "a global module hook is set"
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    factors = a._parameters["weight"], b._parameters["weight"]
+    return _Parts(weight, bias, *factors, layer.scaling[name], dropout)
+
+
+def _base_obstacle(layer: Any, base: nn.Module) -> str | None:
+    if type(base) is not nn.Linear:
+        return f"its base is a {type(base).__name__}, not an nn.Linear"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out: the base weight is stored transposed"
+    weight: Any = base._parameters["weight"]
+    if weight.dtype not in FLOATS:
+        return f"the base weight is {weight.dtype}"
+    if weight.requires_grad:
+        return "the base weight is trained"
+    return None
+
+
+def _adapter_obstacle(layer: Any, name: str) -> str | None:
+    if layer.use_dora.get(name):
+        return f"adapter {name!r} uses DoRA"
+    if name in getattr(layer, "lora_variant", ()):  # older peft has none but DoRA
+        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+    modules = layer._modules
+    a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        # fully_shard gives a module that it shards a class of its own; its parameters are whole in
+        # its forward only
+        return f"lora_A or lora_B of adapter {name!r} is not exactly an nn.Linear"
+    if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
+        return f"adapter {name!r} has a bias (lora_bias)"
+    if a.out_features > MAX_RANK:
+        return f"adapter {name!r} has rank {a.out_features}, above {MAX_RANK}"
+    if type(modules["lora_dropout"]._modules[name]) not in (nn.Dropout, nn.Identity):
+        return f"adapter {name!r} has a dropout of its own kind"
+    return None
+
+
+def _call_obstacle(layer: Any, parts: _Parts, x: Any) -> str | None:
+    """What only the call shows: kinds, dtypes and shapes that PEFT treats in its own way."""
+    weight, bias, a, b = parts[:4]
+    for tensor in (x, weight, a, b, weight if bias is None else bias):
+        if type(tensor) not in _ORDINARY and not _is_ordinary(tensor):
+            return "a distributed, quantised or intercepting tensor"
+    n, k = layer.out_features, layer.in_features
+    if weight.shape != (n, k) or a.shape[-1] != k or b.shape[0] != n:
+        return "a parameter without its full shape (sharded, or gathered by a hook)"
+    dtype = x.dtype
+    if x.ndim == 0 or x.shape[-1] != k or dtype not in FLOATS or x.is_nested:
+        return "an input that the base itself will refuse or treat in its own way"
+    if b.dtype != a.dtype:
+        return "adapter dtypes"
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    if dtype != weight.dtype or (bias is not None and bias.dtype != dtype):
+        return "mixed base dtypes"
+    if a.dtype == dtype:
+        return None
+    if a.dtype != torch.float32:
+        return "adapters in a lower precision than the input"
+    return None if getattr(layer, "cast_input_dtype_enabled", True) else "input casting is off"
+
+
+def _is_ordinary(tensor: Any) -> bool:
+    """A subclass that computes as any tensor does (a fake tensor of torch.export, say)."""
+    if not isinstance(tensor, Tensor) or has_torch_function_unary(tensor):
+        return False
+    return not is_traceable_wrapper_subclass(tensor)

@@ -1,0 +1,287 @@
+"""``PeftModel``: a model with adapters that still looks like the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import LoRALayer, TrainableCopy
+from ..methods import LoraConfig
+
+
+class _Delegate(nn.Module):
+    """A module that asks the one kept under ``_target`` for attributes it lacks."""
+
+    _target: str
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name == self._target or self._target not in self.__dict__.get("_modules", {}):
+                raise  # not built yet (unpickling, deepcopy): nothing to ask
+            return getattr(self._modules[self._target], name)
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether a transformers model has gradient checkpointing on (it has had two names)."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(type(model), name):
+            return bool(getattr(model, name))
+    return False
+
+
+class AdaptedModel(_Delegate):
+    """The middle level that gives parameters PEFT's names: ``base_model.model.<name>``."""
+
+    _target = "model"
+
+    def __init__(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class PeftModel(_Delegate):
+    """A model with fastlora's adapter layers; made by ``fastlora.get_peft_model``.
+
+    Every attribute it lacks comes from the base model (``config``, ``device``,
+    ``get_input_embeddings``, ...). Its state_dict is the base model's and the adapters', under
+    PEFT's prefix ``base_model.model.``.
+    """
+
+    _target = "base_model"
+    peft_type = "LORA"
+
+    def __init__(self, model: nn.Module, configs: dict[str, LoraConfig], active: str) -> None:
+        nn.Module.__init__(self)  # not super(): peft.PeftModel's would build PEFT's own layers
+        self.base_model = AdaptedModel(model)
+        self._configs = configs
+        self._active = [active]
+        self.training = model.training
+        if _checkpoints(model):
+            self._require_input_grads()
+
+    # What it is.
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """Adapter name -> its configuration."""
+        return self._configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str:
+        return self._active[0]
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        return self._configs[self.active_adapter]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        return {
+            name for config in self._configs.values() for name in config.modules_to_save or []
+        } or None
+
+    def get_base_model(self) -> nn.Module:
+        """The model given to ``get_peft_model``, with the adapter layers in it."""
+        model: nn.Module = self.base_model.model
+        return model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate``, with this object's ``generation_config`` if it has one."""
+        if "generation_config" in self.__dict__:
+            kwargs.setdefault("generation_config", self.__dict__["generation_config"])
+        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    # Which adapters act and train.
+
+    def _adapter_modules(self) -> Iterator[LoRALayer | TrainableCopy]:
+        return (
+            m for m in self.get_base_model().modules() if isinstance(m, (LoRALayer, TrainableCopy))
+        )
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make ``adapter_name`` the active adapter, trainable unless ``inference_mode``.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        from .inject import set_trainable
+
+        self._check_known(adapter_name)
+        set_trainable(
+            self.get_base_model(), self._configs[adapter_name], adapter_name, not inference_mode
+        )
+        self._active = [adapter_name]
+
+    def _check_known(self, adapter_name: str) -> None:
+        if adapter_name not in self._configs:
+            raise ValueError(
+                f"adapter_name: got {adapter_name!r}; this model has {sorted(self._configs)}"
+            )
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapters act again."""
+        for module in self._adapter_modules():
+            module.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Make the model act as its base."""
+        for module in self._adapter_modules():
+            module.enable_adapters(False)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model's outputs within ``with model.disable_adapter():``."""
+        before = [(module, module.adapters_enabled) for module in self._adapter_modules()]
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for module, enabled in before:
+                module.enable_adapters(enabled)
+
+    # Gradient checkpointing: reentrant checkpoints give no gradient unless some input requires one.
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's own, with gradients required of its embeddings' output."""
+        base: Any = self.get_base_model()
+        base.gradient_checkpointing_enable(*args, **kwargs)
+        self._require_input_grads()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As ``gradient_checkpointing_enable``, under its name in newer transformers."""
+        base: Any = self.get_base_model()
+        base.activation_checkpointing_enable(*args, **kwargs)
+        self._require_input_grads()
+
+    def _require_input_grads(self) -> None:
+        enable = getattr(self.get_base_model(), "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+
+    # What is trained.
+
+    def trainable_record(self) -> list[dict[str, Any]]:
+        """One entry per trained parameter, in order: ``name``, ``shape``, ``dtype``, ``count``."""
+        return [
+            {
+                "name": n,
+                "shape": list(p.shape),
+                "dtype": str(p.dtype).removeprefix("torch."),
+                "count": p.numel(),
+            }
+            for n, p in self.named_parameters()
+            if p.requires_grad
+        ]
+
+    def trainable_json(self) -> str:
+        """``trainable_parameters.json``: the record and its totals, to reproduce the run by."""
+        trainable, total = self.get_nb_trainable_parameters()
+        record = {"trainable": trainable, "total": total, "parameters": self.trainable_record()}
+        return json.dumps(record, indent=2)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained, all) numbers of parameters; a 4-bit weight counts as what it stands for."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel()
+            state = getattr(parameter, "quant_state", None)
+            if state is not None and getattr(state, "shape", None) is not None:
+                count = torch.Size(state.shape).numel()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two numbers and their ratio, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        percent = 100 * trainable / total if total else 0.0
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
+            f"{percent:.4f}"
+        )
+
+    # Files.
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write every adapter (or those selected) in PEFT's layout; see ``save_adapter``.
+
+        ``state_dict``: values to write instead of the model's own (a gathered one, say). Other
+        keywords, which transformers passes to every model, mean nothing for an adapter.
+
+        Raises:
+            ValueError: an adapter that does not exist, or an option that fastlora does not have.
+        """
+        from ..io.adapter import save_adapter
+
+        if not safe_serialization:
+            raise ValueError("safe_serialization: got False; only safetensors files are written")
+        if save_embedding_layers is True:
+            raise ValueError(
+                "save_embedding_layers: got True; name the embeddings in "
+                "LoraConfig(modules_to_save=...)"
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion: not supported; use stock peft for the "
+                "conversion"
+            )
+        names = list(self._configs) if selected_adapters is None else list(selected_adapters)
+        for name in names:
+            self._check_known(name)
+        if is_main_process:
+            for name in names:
+                save_adapter(self, save_directory, name, state_dict=state_dict)
+
+    def load_adapter(
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
+    ) -> None:
+        """Read values for an existing adapter; see ``fastlora.load_adapter``. As in PEFT, a load
+        that is not for training puts the model into eval mode and leaves what requires grad as it
+        is."""
+        from ..io.adapter import load_adapter
+
+        load_adapter(self, model_id, adapter_name, is_trainable=True if is_trainable else None)
+        if not is_trainable:
+            self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+    ) -> PeftModel:
+        """``model`` with the adapter in the folder ``model_id``; see ``fastlora.load_adapter``."""
+        from ..io.adapter import load_adapter
+
+        return load_adapter(model, model_id, adapter_name, is_trainable=is_trainable)

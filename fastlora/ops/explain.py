@@ -1,0 +1,69 @@
+"""``fastlora.explain``: which kernel each op would run for a layer and an input, and why not another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import support
+
+
+def _weight_and_rank(layer: Any) -> tuple[Tensor, int]:
+    """Weight [N, K] and the active adapter's rank, of a fastlora layer or a PEFT ``lora.Linear``."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise TypeError(
+            f"layer: got {type(layer).__name__}; accepted are fastlora.LoRALinear and peft's lora.Linear, "
+            "or any module with a 2-d weight"
+        )
+    adapters = getattr(layer, "lora_A", {})
+    active = [name for name in getattr(layer, "active_adapters", adapters) if name in adapters]
+    if not active:
+        return weight, 0
+    lora_a = adapters[active[0]]
+    return weight, int(getattr(lora_a, "weight", lora_a).shape[0])
+
+
+def _line(op: str, formula: str, like: Tensor, rank: int) -> str:
+    chosen = support.choose(op, like.device, like.dtype, rank)
+    passed = []
+    for name in support.BACKENDS[: support.BACKENDS.index(chosen)]:
+        reason = support.miss(op, name, like.device, like.dtype, rank)
+        passed.append(f"{name}: {reason or 'another backend is preferred'}")
+    return f"  {op:6} {formula:32} -> {chosen}" + (f"   ({'; '.join(passed)})" if passed else "")
+
+
+def explain(layer: Any, x: Tensor) -> str:
+    """What a forward and backward of ``layer`` on ``x`` would run, op by op, with the reason for each choice.
+
+    Args:
+        layer: a LoRALinear, a PEFT ``lora.Linear``, or any module with a 2-d weight.
+        x: an input [..., K] of the layer; only its shape, dtype and device matter.
+
+    Returns:
+        Lines of text, one per op.
+
+    Raises:
+        TypeError: ``layer`` has no 2-d weight.
+    """
+    weight, rank = _weight_and_rank(layer)
+    n, k = weight.shape
+    rows = x.numel() // k if k else 0
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    wish = support.preference()
+    preference = f", prefers {wish.name}{' (strict)' if wish.strict else ''}" if wish.name else ""
+    lines = [
+        f"{type(layer).__name__}: M={rows} K={k} N={n} r={rank} {x.dtype} on {x.device}{preference}"
+    ]
+    if rank:
+        lines.append(_line("down", "h = s drop(x) A^T,  g = s dY B", x, rank))
+    lines.append(
+        _line("gemm", "y = x W^T + h B^T,  dX = dY W + g A" if rank else "y = x W^T", x, rank)
+    )
+    if rank:
+        lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
+    return "\n".join(lines)

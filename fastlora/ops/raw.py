@@ -1,0 +1,176 @@
+"""The raw ops ``torch.ops.fastlora._mask/_down/_gemm/_wgrad``: schema, fake kernel, call into the chosen backend.
+
+Private: they have no autograd formula. The public path is ``fastlora.autograd``. Contracts as in reference.py;
+``words`` is a dropout mask or None, and an output of ``_wgrad`` that was not asked for comes back with shape [0].
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import support
+
+_library = torch.library.Library("fastlora", "FRAGMENT")
+_library.define("_mask(Tensor rng_state, int rows, int cols, int keep) -> Tensor")
+_library.define("_down(Tensor x, Tensor l, Tensor? scaling, float scale, Tensor? words) -> Tensor")
+_library.define(
+    "_gemm(Tensor x, Tensor w, Tensor? h, Tensor? l, Tensor? bias, Tensor? words) -> Tensor"
+)
+_library.define(
+    "_wgrad(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, Tensor? words, ScalarType dtype_a, "
+    "ScalarType dtype_b, ScalarType? dtype_bias) -> (Tensor, Tensor, Tensor)"
+)
+
+_MODULES = {"triton": "fastlora.triton", "torch": "fastlora.ops.torch_backend"}
+
+
+def _backend(op: str, like: Tensor, rank: int) -> ModuleType:
+    name = support.choose(op, like.device, like.dtype, rank)
+    return importlib.import_module(_MODULES[name])
+
+
+def _mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
+    name = support.choose("mask", rng_state.device, torch.float32, 0)  # a mask fits any dtype
+    return importlib.import_module(_MODULES[name]).mask(rng_state, rows, cols, keep)
+
+
+def _down(
+    x: Tensor, l: Tensor, scaling: Tensor | None, scale: float, words: Tensor | None
+) -> Tensor:
+    return _backend("down", x, l.shape[0]).down(x, l, scaling, scale, words)
+
+
+def _gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor | None,
+    l: Tensor | None,
+    bias: Tensor | None,
+    words: Tensor | None,
+) -> Tensor:
+    rank = 0 if h is None else h.shape[1]
+    return _backend("gemm", x, rank).gemm(x, w, h, l, bias, words)
+
+
+def _wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    h: Tensor | None,
+    words: Tensor | None,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    dtype_bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = x if x is not None else dy
+    assert like is not None
+    skinny = g if g is not None else h
+    module = _backend("wgrad", like, 0 if skinny is None else skinny.shape[1])
+    outputs = module.wgrad(x, g, dy, h, words, dtype_a, dtype_b, dtype_bias)
+    d_a, d_b, d_bias = (like.new_empty(0) if out is None else out for out in outputs)
+    return d_a, d_b, d_bias
+
+
+def _fake_mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
+    return rng_state.new_empty(rows, (cols + 31) // 32, dtype=torch.int32)
+
+
+def _fake_down(
+    x: Tensor, l: Tensor, scaling: Tensor | None, scale: float, words: Tensor | None
+) -> Tensor:
+    return x.new_empty(x.shape[0], l.shape[0])
+
+
+def _fake_gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor | None,
+    l: Tensor | None,
+    bias: Tensor | None,
+    words: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _fake_wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    h: Tensor | None,
+    words: Tensor | None,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    dtype_bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = x if x is not None else dy
+    assert like is not None
+    d_a = d_b = d_bias = None
+    if x is not None and g is not None:
+        d_a = x.new_empty(g.shape[1], x.shape[1], dtype=dtype_a)
+    if dy is not None and h is not None:
+        d_b = dy.new_empty(dy.shape[1], h.shape[1], dtype=dtype_b)
+    if dy is not None and dtype_bias is not None:
+        d_bias = dy.new_empty(dy.shape[1], dtype=dtype_bias)
+    d_a, d_b, d_bias = (like.new_empty(0) if out is None else out for out in (d_a, d_b, d_bias))
+    return d_a, d_b, d_bias
+
+
+for _name, _kernel, _fake in (
+    ("_mask", _mask, _fake_mask),
+    ("_down", _down, _fake_down),
+    ("_gemm", _gemm, _fake_gemm),
+    ("_wgrad", _wgrad, _fake_wgrad),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
+
+_mask_op = torch.ops.fastlora._mask.default
+_down_op = torch.ops.fastlora._down.default
+_gemm_op = torch.ops.fastlora._gemm.default
+_wgrad_op = torch.ops.fastlora._wgrad.default
+
+
+def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
+    """The dropout mask of ``fastlora.rng``, int32 words [rows, ceil(cols / 32)]."""
+    return _mask_op(rng_state, rows, cols, keep)
+
+
+def down(
+    x: Tensor,
+    l: Tensor,
+    scaling: Tensor | None = None,
+    scale: float = 1.0,
+    words: Tensor | None = None,
+) -> Tensor:
+    """h = scale * [scaling] * drop(x) l^T. x [M, K], l [r, K] (x's dtype or fp32, any strides) -> [M, r]."""
+    return _down_op(x, l, scaling, scale, words)
+
+
+def gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor | None = None,
+    l: Tensor | None = None,
+    bias: Tensor | None = None,
+    words: Tensor | None = None,
+) -> Tensor:
+    """y = x w^T + bias + drop(h l^T). x [M, K], w [N, K], h [M, r], l [N, r], any strides -> [M, N]."""
+    return _gemm_op(x, w, h, l, bias, words)
+
+
+def wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    h: Tensor | None,
+    words: Tensor | None,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    dtype_bias: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dA = g^T drop(x) [r, K], dB = dy^T h [N, r], dbias = sum_m dy [N]; shape [0] for what was not asked."""
+    return _wgrad_op(x, g, dy, h, words, dtype_a, dtype_b, dtype_bias)

@@ -1,0 +1,68 @@
+"""A one-second check of each op on one device against fp64: what ``fastlora doctor`` runs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from .. import reference
+from . import raw, support
+
+
+def _error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+def _mask(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    state = torch.tensor([0x123456789ABCDEF, 42])
+    got = raw.mask(state.to(x.device), x.shape[0], x.shape[1], 20000).cpu()
+    return float((got != reference.mask(state, x.shape[0], x.shape[1], 20000)).sum())
+
+
+def _down(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    return _error(raw.down(x, a, scale=0.5), reference.down(x.double(), a.double(), None, 0.5))
+
+
+def _gemm(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    h = reference.down(x, a, None, 0.5)
+    truth = reference.gemm(x.double(), w.double(), h.double(), b.double(), None)
+    return _error(raw.gemm(x, w, h, b), truth)
+
+
+def _wgrad(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    g = reference.down(x, a, None, 0.5)
+    d_a, _, _ = raw.wgrad(x, g, None, None, None, torch.float32, torch.float32)
+    return _error(d_a, g.double().t() @ x.double())
+
+
+_CHECKS = {"mask": _mask, "down": _down, "gemm": _gemm, "wgrad": _wgrad}
+
+
+def run(device: torch.device) -> list[dict[str, object]]:
+    """Check every op with the backend it would use on ``device``.
+
+    Returns:
+        dict(op, backend, ok, error, seconds) per op; ``error`` is the relative error against fp64, or the
+        exception's text.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    limit = 1e-5 if dtype is torch.float32 else 1e-2
+    gen = torch.Generator().manual_seed(0)
+    m, k, n, r = 192, 160, 136, 16
+    x, w, a, b = (
+        torch.randn(shape, generator=gen).to(device, dtype)
+        for shape in ((m, k), (n, k), (r, k), (n, r))
+    )
+    results: list[dict[str, object]] = []
+    for op, check in _CHECKS.items():
+        start = time.perf_counter()
+        result: dict[str, object] = {"op": op, "backend": "none"}
+        try:
+            result["backend"] = support.choose(op, device, dtype, r)
+            error = check(x, w, a, b)
+            result |= {"ok": error < limit, "error": error}
+        except Exception as failure:  # a self-test reports whatever went wrong
+            result |= {"ok": False, "error": f"{type(failure).__name__}: {failure}"}
+        results.append(result | {"seconds": time.perf_counter() - start})
+    return results

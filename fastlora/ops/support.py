@@ -1,0 +1,173 @@
+"""The support table: which backend can run which op, in one place. A miss moves on to the next backend or raises.
+
+``triton`` runs on GPUs of compute capability 8.0 and newer, and on CPU tensors inside Triton's interpreter when it
+is asked for by name (it is a test tool there, far too slow to be a default). ``torch`` (reference.py) runs everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+OPS = ("mask", "down", "gemm", "wgrad")
+BACKENDS = ("cuda", "triton", "torch")
+MAX_RANK = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op on one backend and the problems it takes."""
+
+    op: str
+    backend: str
+    dtypes: frozenset[torch.dtype]
+    min_capability: tuple[int, int] | None = None  # None: any device torch has
+    max_rank: int | None = None
+
+
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+ROWS = (
+    *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
+    *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
+)
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter in this process (TRITON_INTERPRET was set before import)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    return None
+
+
+def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | None:
+    if row.min_capability is None:
+        return None
+    if row.backend == "triton" and (reason := triton_missing()):
+        return reason
+    if device.type == "cpu":
+        if not interpreting():
+            return f"{row.backend} kernels need a GPU tensor (on CPU only with TRITON_INTERPRET=1)"
+        if dtype is torch.bfloat16:
+            return "Triton's interpreter computes bf16 dot products wrongly; use fp16 or fp32"
+        return None
+    if device.type != "cuda":
+        return f"no {row.backend} kernels for {device.type} tensors"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < row.min_capability:
+        need = ".".join(map(str, row.min_capability))
+        have = ".".join(map(str, capability))
+        return f"needs compute capability {need}, {device} has {have}"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def miss(op: str, backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+    """Why ``backend`` cannot run ``op`` on this problem; None when it can."""
+    for row in ROWS:
+        if (row.op, row.backend) != (op, backend):
+            continue
+        if dtype not in row.dtypes:
+            return f"no {backend} kernel for {dtype}"
+        if row.max_rank is not None and rank > row.max_rank:
+            return f"rank {rank} is above the {backend} kernels' {row.max_rank}"
+        return _device_miss(row, device, dtype)
+    return f"this build has no {backend} kernel for {op}"
+
+
+def table(device: torch.device) -> list[dict[str, object]]:
+    """The table as seen from one device: a dict(op, backend, ok, reason) for every op and backend."""
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
+    rows: list[dict[str, object]] = []
+    for op in OPS:
+        for backend in BACKENDS:
+            reason = miss(op, backend, device, dtype, 16)
+            rows.append(
+                {"op": op, "backend": backend, "ok": reason is None, "reason": reason or ""}
+            )
+    return rows
+
+
+# ---- the caller's preference ---------------------------------------------------------------------------------
+# Process-wide on purpose: autograd runs backward in threads of its own, which must see the same choice.
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The backend to try first; ``strict`` raises instead of moving on."""
+
+    name: str | None = None
+    strict: bool = False
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}; accepted are {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def _from_environment() -> Preference:
+    name = os.environ.get("FASTLORA_BACKEND")
+    return Preference(_checked(name, "FASTLORA_BACKEND") if name else None)
+
+
+_preference = _from_environment()
+
+
+@contextmanager
+def backend(name: str, strict: bool = False) -> Iterator[None]:
+    """Prefer one backend inside the ``with`` block: ``"cuda"``, ``"triton"`` or ``"torch"``.
+
+    With ``strict=True`` an op that backend cannot run raises RuntimeError with the reason instead of running
+    elsewhere. The choice is process-wide (backward passes run in other threads), so wrap backward in it too.
+
+    Raises:
+        ValueError: ``name`` is unknown.
+    """
+    global _preference
+    before, _preference = _preference, Preference(_checked(name, "backend"), strict)
+    try:
+        yield
+    finally:
+        _preference = before
+
+
+def preference() -> Preference:
+    """The preference in force."""
+    return _preference
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
+    """The backend that runs ``op`` now.
+
+    Raises:
+        RuntimeError: a strict preference cannot run it (the message says why), or no backend can.
+    """
+    wanted = _preference
+    if wanted.name is not None:
+        reason = miss(op, wanted.name, device, dtype, rank)
+        if reason is None:
+            return wanted.name
+        if wanted.strict:
+            raise RuntimeError(
+                f"backend({wanted.name!r}, strict=True): {op} on {device} in {dtype} at rank {rank} is not "
+                f"supported: {reason}. Drop strict=True to let the next backend run it"
+            )
+    for name in BACKENDS:
+        if name == "triton" and device.type == "cpu":
+            continue
+        if miss(op, name, device, dtype, rank) is None:
+            return name
+    raise RuntimeError(f"{op}: no backend takes {dtype} on {device}; cast the input to float32")

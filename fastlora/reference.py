@@ -1,0 +1,187 @@
+"""Every op in plain torch: the specification, the fallback on any device, and the oracle of the tests.
+
+Run on fp64 inputs these functions are the truth the kernels are measured against; run on the caller's dtype they
+are the ``torch`` backend. Shapes: x [M, K], w [N, K], lora_a [r, K], lora_b [N, r].
+
+    down   h  = scale * drop(x) l^T               [M, r]
+    gemm   y  = x w^T + bias + drop(h l^T)        [M, N]
+    wgrad  dA = g^T drop(x) [r, K],  dB = dy^T h [N, r],  dbias = sum_m dy [N]
+    mask   the dropout mask of ``fastlora.rng``, as words [M, ceil(K / 32)] that the other three take
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import rng
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_MASK32 = 0xFFFFFFFF
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _LOW_PRECISION else dtype
+
+
+# ---- dropout -------------------------------------------------------------------------------------------------
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """32x32 -> (high, low) words, in int64 whose products wrap: the right bits survive."""
+    product = b * a
+    return (product >> 32) & _MASK32, product & _MASK32
+
+
+def philox(rng_state: Tensor, rows: int, calls: int) -> Tensor:
+    """Philox4x32-7 outputs for every (row, call): int64 [rows, calls, 4], each word in 0..2^32-1."""
+    seed, offset = rng_state[0], rng_state[1]
+    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
+    shape, device = (rows, calls), rng_state.device
+    c0 = (offset & _MASK32).expand(shape)
+    c1 = ((offset >> 32) & _MASK32).expand(shape)
+    c2 = torch.arange(calls, device=device).expand(shape)
+    c3 = torch.arange(rows, device=device)[:, None].expand(shape)
+    for _ in range(7):
+        hi0, lo0 = _mulhilo(0xD2511F53, c0)
+        hi1, lo1 = _mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ key0, lo1, hi0 ^ c3 ^ key1, lo0
+        key0, key1 = (key0 + 0x9E3779B9) & _MASK32, (key1 + 0xBB67AE85) & _MASK32
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
+    """The dropout mask of ``fastlora.rng``: int32 [rows, ceil(cols / 32)], a set bit where the column is kept."""
+    pitch = (cols + 31) // 32
+    outputs = philox(rng_state, rows, 4 * pitch).view(rows, pitch, 16)
+    low, high = outputs & 0x7FFF, (outputs >> 16) & 0x7FFF
+    kept = (torch.cat((low, high), dim=-1) < keep).long()
+    words = (kept << torch.arange(32, device=rng_state.device)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_mask(words: Tensor, cols: int) -> Tensor:
+    """Mask words int32 [rows, ceil(cols / 32)] -> bool [rows, cols]."""
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    return bits.flatten(1)[:, :cols].bool()
+
+
+def _drop(x: Tensor, words: Tensor | None) -> Tensor:
+    return x if words is None else torch.where(unpack_mask(words, x.shape[1]), x, 0)
+
+
+# ---- the three op families -----------------------------------------------------------------------------------
+
+
+def down(
+    x: Tensor, l: Tensor, scaling: Tensor | None, scale: float, words: Tensor | None = None
+) -> Tensor:
+    """h = scale * [scaling] * drop(x) l^T, accumulated in fp32 and rounded once: [M, r] in x's dtype."""
+    acc = _accumulator(x.dtype)
+    h = _drop(x, words).to(acc) @ l.to(x.dtype).to(acc).t()
+    h = h * scale if scaling is None else h * (scaling.to(acc) * scale)
+    return h.to(x.dtype)
+
+
+def gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor | None,
+    l: Tensor | None,
+    bias: Tensor | None,
+    words: Tensor | None = None,
+) -> Tensor:
+    """y = x w^T + bias + drop(h l^T): [M, N] in x's dtype. ``words`` mask the low-rank term only."""
+    y = torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+    if h is None or l is None or h.shape[1] == 0:
+        return y
+    l_t = l.to(x.dtype).t()
+    return y.addmm_(h, l_t) if words is None else y.add_(_drop(h @ l_t, words))
+
+
+def wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    h: Tensor | None,
+    words: Tensor | None,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    dtype_bias: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dA [r, K], dB [N, r], dbias [N]); each is None where its inputs (or its dtype) are."""
+    d_a = d_b = d_bias = None
+    if x is not None and g is not None:
+        acc = _accumulator(x.dtype)
+        d_a = (g.to(acc).t() @ _drop(x, words).to(acc)).to(dtype_a)
+    if dy is not None and h is not None:
+        acc = _accumulator(dy.dtype)
+        d_b = (dy.to(acc).t() @ h.to(acc)).to(dtype_b)
+    if dy is not None and dtype_bias is not None:
+        d_bias = dy.sum(0, dtype=_accumulator(dy.dtype)).to(dtype_bias)
+    return d_a, d_b, d_bias
+
+
+# ---- public functions ----------------------------------------------------------------------------------------
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    keep: int = rng.KEEP_ALL,
+) -> Tensor:
+    """``fastlora.lora_linear`` by its formula, differentiable by torch itself: the oracle of forward and backward.
+
+    ``mask`` (bool, broadcastable to x) and ``keep`` state the dropout explicitly.
+    """
+    dropped = x if mask is None else torch.where(mask, x, 0) * rng.keep_scale(keep)
+    base = torch.nn.functional.linear(x, weight, bias)
+    return base + (dropped @ lora_a.to(x.dtype).t()) @ lora_b.to(x.dtype).t() * scaling
+
+
+# ---- NF4 (QLoRA, arXiv 2305.14314; laid out as bitsandbytes stores it) ---------------------------------------
+
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+NF4_THRESHOLD = (
+    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544,
+    -0.23460740596055984, -0.13791173323988914, -0.045525018125772476, 0.03979014977812767,
+    0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683,
+    0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
+)  # fmt: skip
+
+
+def quantize_nf4(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Weight [N, K] -> (packed uint8 [ceil(N K / 2)], absmax fp32 [ceil(N K / block_size)]).
+
+    Blocks run along the row-major flattening; element 2j sits in the high nibble of byte j. A block of zeros gets
+    code 7 (0.0), as bitsandbytes does on CPU.
+    """
+    flat = weight.detach().reshape(-1).float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / absmax.clamp_min(1e-38))[:, None]
+    code = torch.bucketize(scaled, torch.tensor(NF4_THRESHOLD, device=weight.device))
+    code = code.view(-1)[: flat.numel()]
+    code = torch.nn.functional.pad(code, (0, flat.numel() % 2), value=7).to(torch.uint8)
+    return (code[0::2] << 4) | code[1::2], absmax
+
+
+def dequantize_nf4(
+    packed: Tensor, absmax: Tensor, shape: tuple[int, int], block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Packed codes and fp32 absmax -> weight of ``shape``: NF4[code] * absmax in fp32, rounded once to ``dtype``."""
+    numel = shape[0] * shape[1]
+    code = torch.stack((packed >> 4, packed & 0xF), dim=-1).view(-1)[:numel].long()
+    value = torch.tensor(NF4_CODE, device=packed.device)[code]
+    scale = absmax.repeat_interleave(block_size)[:numel]
+    return (value * scale).to(dtype).view(shape)

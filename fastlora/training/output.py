@@ -1,0 +1,125 @@
+"""The output directory of a run: whose it is, what it holds, whether a resume continues the same computation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastlora
+
+from . import base
+from .config import CHANGEABLE_ON_RESUME, FinetuneConfig, option
+from .errors import InputError, RunError
+from .report import write_json
+
+
+class OutputDirectory:
+    """Paths of everything a run writes. Nothing is created or deleted before ``claim``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.run = self.path / "run.json"
+        self.log = self.path / "log.jsonl"
+        self.curve = self.path / "loss_curve.png"
+        self.summary = self.path / "summary.json"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raise ``InputError`` unless a new run may start here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--output {self.path} is a file; give a directory")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not overwrite:
+            raise InputError(
+                f"--output {self.path} is not empty: --resume continues the run in it, --overwrite replaces it, or give "
+                "another directory"
+            )
+        if not self.run.is_file():
+            raise InputError(
+                f"--overwrite: {self.path} was not written by fastlora finetune; give another directory"
+            )
+
+    def check_resumable(self, facts: dict[str, Any]) -> None:
+        """Raise ``InputError`` unless the run in here is the one that ``facts`` describe."""
+        saved = read_run(self.path)
+        was, now = saved["config"], facts["config"]
+        changed = [
+            f"{option(name)} was {was.get(name)!r}, is {now[name]!r}"
+            for name in now
+            if name not in CHANGEABLE_ON_RESUME and was.get(name) != now[name]
+        ]
+        changed += [
+            f"the content of {option(name)} changed"
+            for name, digest in facts["sha256"].items()
+            if saved["sha256"].get(name) != digest
+        ]
+        if saved["model_files"] != facts["model_files"]:
+            changed.append("the model's files changed")
+        if changed:
+            raise InputError("--resume must continue the same run, but " + "; ".join(changed))
+
+    def claim(self, facts: dict[str, Any], resume: bool) -> None:
+        """Make the directory this run's: clear an earlier run's files (not on a resume), write ``run.json``."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                for path in vars(self).values():
+                    if path != self.path and path.is_dir():
+                        shutil.rmtree(path)
+                    elif path != self.path:
+                        path.unlink(missing_ok=True)
+            write_json(self.run, facts)
+        except OSError as error:
+            raise RunError(f"cannot write to --output {self.path}: {error.strerror}") from error
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The ``run.json`` of an output directory."""
+    file = path / "run.json"
+    try:
+        saved = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"--resume: {path} holds no run ({file.name} is missing); check --output"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume: {file} cannot be read ({error})") from None
+    if not (isinstance(saved, dict) and {"config", "sha256", "model_files"} <= saved.keys()):
+        raise InputError(f"--resume: {file} was not written by fastlora finetune")
+    return saved
+
+
+def run_facts(config: FinetuneConfig) -> dict[str, Any]:
+    """What a run is, for ``run.json``: options, digests of the data, the model's files, versions."""
+    files = {"data": config.data, "eval_data": config.eval_data}
+    return {
+        "config": config.to_json(),
+        "sha256": {
+            name: _sha256(option(name), path) for name, path in files.items() if path is not None
+        },
+        "model_files": base.fingerprint(config.model),
+        "versions": {
+            "fastlora": fastlora.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _sha256(name: str, path: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"{name} {path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""What a run leaves behind: the JSON-lines log, the loss curve, JSON records."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from ..io.checkpoint import replace_file
+
+Entry = dict[str, Any]
+SMOOTHING_SHARE = 0.05  # the smoothed curve averages over about this share of the run
+
+
+def json_line(values: Any) -> str:
+    """Standard JSON: NaN and infinities, which it lacks, become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(values))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """One JSON record as a file, replaced whole."""
+    replace_file(path, (json.dumps(json.loads(json_line(values)), indent=2) + "\n").encode())
+
+
+class RunLog:
+    """``log.jsonl``: one object a line, each with its ``step``; written as it happens.
+
+    A disk that is full does not stop a run for its log: lines wait in memory and go out with the next that can.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[Entry] = []
+        self._waiting = b""
+        self._size = 0
+
+    def resume(self, step: int) -> None:
+        """Take over the lines of an earlier run up to ``step``; what it logged after its checkpoint happens again."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the line that a kill cut short
+            if entry["step"] <= step:
+                self.entries.append(entry)
+        data = "".join(json_line(entry) + "\n" for entry in self.entries).encode()
+        replace_file(self.path, data)
+        self._size = len(data)
+
+    def add(self, entry: Entry) -> None:
+        """Append one entry."""
+        self.entries.append(entry)
+        self._waiting += (json_line(entry) + "\n").encode()
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(self._size)  # drops the half of a line that a full disk took
+                file.write(self._waiting)
+        except OSError:
+            return
+        self._size += len(self._waiting)
+        self._waiting = b""
+
+    def sync(self) -> None:
+        """Flush to disk: a checkpoint must never be newer than its log."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def smooth(values: list[float], share: float = SMOOTHING_SHARE) -> list[float]:
+    """Exponential moving average over about ``share`` of the values, corrected for its start."""
+    keep = 1.0 - 1.0 / max(1.0, share * len(values))
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total = keep * total + (1.0 - keep) * value
+        weight = keep * weight + (1.0 - keep)
+        result.append(total / weight)
+    return result
+
+
+def plot_curve(entries: list[Entry], path: Path, title: str) -> None:
+    """Training loss, its smoothed course, and the held-out points, as a PNG. Needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    train = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
+        axes.plot(
+            steps,
+            smooth(list(losses)),
+            color="tab:blue",
+            linewidth=2,
+            label="training loss, smoothed",
+        )
+    held_out = [
+        (entry["step"], entry["eval_loss"])
+        for entry in entries
+        if entry.get("eval_loss") is not None
+    ]
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, "o-", color="tab:orange", label="held-out loss")
+        for step, loss in held_out:
+            axes.annotate(
+                f"ppl {math.exp(min(loss, 700.0)):.4g}",
+                (step, loss),
+                textcoords="offset points",
+                xytext=(0, 6),
+                ha="center",
+                fontsize=8,
+            )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per token (nats)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    if train or held_out:
+        axes.legend()
+    building = path.with_name(f".{path.name}.building.png")
+    try:
+        FigureCanvasAgg(figure).print_png(building)
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)

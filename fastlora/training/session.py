@@ -1,0 +1,246 @@
+"""A run from its first evaluation to its summary: what is measured, saved and told."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+import fastlora
+
+from ..io.checkpoint import latest_checkpoint
+from .base import CausalLM
+from .blocks import Data
+from .config import FinetuneConfig
+from .display import Display, clock, peak_memory
+from .errors import RunError
+from .loop import StopRequest, Trainer, mean_loss
+from .output import OutputDirectory
+from .report import RunLog, plot_curve, write_json
+from .sample import Sampling, encode_prompt, generate
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run amounts to; ``summary.json`` holds the same. Perplexities are per token, on held-out text."""
+
+    perplexity_before: float
+    perplexity_after: float
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    trained_parameters: int
+    total_parameters: int
+    training_tokens: int
+    held_out_tokens: int
+    device: str
+    dtype: str
+    adapter: str
+    curve: str
+    log: str
+    sample_before: str | None
+    sample_after: str | None
+
+
+class Session:
+    """One call of ``finetune`` once its model and data are there."""
+
+    """From the first evaluation to the summary: what is measured, saved and told."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        display: Display,
+        out: OutputDirectory,
+        tokenizer: Any,
+        data: Data,
+        lm: CausalLM,
+    ) -> None:
+        self.config, self.device, self.dtype, self.display = config, device, dtype, display
+        self.out, self.tokenizer, self.data, self.lm = out, tokenizer, data, lm
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.stop = StopRequest()
+        self.log = RunLog(out.log)
+        self.trainer = Trainer(
+            lm, data.training, config, device, dtype, self.pad_id, self.log, display, self.stop
+        )
+        self.trained, self.total = lm.model.get_nb_trainable_parameters()
+        self.loss_before = math.nan
+        self.sample_before: str | None = None
+        self.exported_step = -1
+
+    def go(self, resume: bool) -> Summary:
+        """Evaluate, train, evaluate, report. Whatever ends it, the loss curve so far is drawn."""
+        with self.stop.listening(self.display.warn):
+            try:
+                self._begin(resume)
+                self.trainer.run(save=self._save, evaluate=self._evaluate_midway)
+                self._save(final=True)
+                return self._finish()
+            finally:
+                self.display.stop()
+                self._plot()
+
+    def _begin(self, resume: bool) -> None:
+        self.display.say(
+            f"training {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.2%})"
+        )
+        checkpoint = None
+        if resume:
+            checkpoint, skipped = latest_checkpoint(self.out.checkpoints)
+            for message in skipped:
+                self.display.warn(f"{message}; looking for an older checkpoint")
+            if checkpoint is None:
+                self.display.warn(
+                    f"{self.out.path} holds no usable checkpoint: starting again from step 0"
+                )
+        if checkpoint is not None:
+            self.trainer.restore(checkpoint)
+            self.log.resume(checkpoint.step)
+            self.loss_before = checkpoint.state["loss_before"]
+            self.sample_before = checkpoint.state["sample_before"]
+            self.display.say(f"resuming from step {checkpoint.step}")
+        else:
+            self.log.resume(-1)
+            self.sample_before = self._sample()
+            self.loss_before = self._evaluate("before training")
+        self.display.say(f"held-out perplexity before: {_perplexity(self.loss_before):.2f}")
+
+    def _evaluate(self, when: str) -> float:
+        """The held-out loss now, logged; one already logged for this step is not computed again."""
+        last = self.log.entries[-1] if self.log.entries else {}
+        if last.get("step") == self.trainer.step and last.get("eval_loss") is not None:
+            return last["eval_loss"]
+        self.display.start(f"evaluating {when}")
+
+        def progress(done: float) -> None:
+            self.display.advance(done)
+            saved = (
+                "everything is saved, --resume continues"
+                if self.trainer.step
+                else "nothing was trained yet"
+            )
+            if self.trainer.step in (
+                0,
+                self.trainer.saved_step,
+            ):  # else the loop stops at its own safe point
+                self.stop.check(f"stopped while evaluating {when}; {saved}")
+
+        loss = mean_loss(
+            self.lm, self.data.held_out, self.config.batch_size, self.device, self.pad_id, progress
+        )
+        self.display.stop()
+        if math.isnan(loss):
+            raise RunError(
+                f"the held-out loss is NaN at step {self.trainer.step}: the model overflows in {self.dtype}, or its "
+                "weights are damaged; try --dtype float32 (or bfloat16)"
+            )
+        self.log.add(
+            {"step": self.trainer.step, "eval_loss": loss, "perplexity": _perplexity(loss)}
+        )
+        return loss
+
+    def _evaluate_midway(self) -> None:
+        loss = self._evaluate("during training")
+        self.display.say(f"step {self.trainer.step}  held-out perplexity {_perplexity(loss):.2f}")
+        self.display.start("training")
+
+    def _sample(self) -> str | None:
+        if self.config.sample_prompt is None:
+            return None
+        sampling = Sampling(max_new_tokens=self.config.sample_tokens, seed=self.config.seed)
+        ids = encode_prompt(self.config.sample_prompt, self.tokenizer, chat=False)
+        return generate(self.lm.model, self.tokenizer, ids, sampling)
+
+    def _save(self, final: bool = False) -> None:
+        """Checkpoint and adapter of this step. A full disk ends nothing before the end: the state is in memory."""
+        step = self.trainer.step
+        try:
+            if self.trainer.saved_step != step:
+                extra = {"loss_before": self.loss_before, "sample_before": self.sample_before}
+                self.trainer.save(self.out.checkpoints, extra)
+            if self.exported_step != step:
+                fastlora.save_adapter(self.lm.model, self.out.adapter)
+                self.exported_step = step
+        except (OSError, SafetensorError) as error:
+            full = getattr(error, "errno", None) in _DISK_FULL or "os error 28" in str(error)
+            kept = self.trainer.saved_step
+            message = (
+                f"step {step} could not be saved in {self.out.path}: {'the disk is full' if full else error}. "
+                + (
+                    f"The checkpoint of step {kept} is intact. "
+                    if kept >= 0
+                    else "There is no earlier checkpoint. "
+                )
+            )
+            if final or self.stop.signal is not None:
+                raise RunError(
+                    message + "Free some space; --resume then does the steps since again"
+                ) from error
+            self.display.warn(
+                message + "Training goes on and will save later: free some space meanwhile"
+            )
+
+    def _finish(self) -> Summary:
+        loss_after = self._evaluate("after training")
+        trainer, out = self.trainer, self.out
+        summary = Summary(
+            perplexity_before=_perplexity(self.loss_before),
+            perplexity_after=_perplexity(loss_after),
+            steps=trainer.step,
+            tokens=trainer.tokens,
+            seconds=round(trainer.seconds, 3),
+            tokens_per_second=round(trainer.tokens / trainer.seconds, 1),
+            peak_memory_bytes=peak_memory(self.device),
+            trained_parameters=self.trained,
+            total_parameters=self.total,
+            training_tokens=self.data.training_tokens,
+            held_out_tokens=self.data.held_out_tokens,
+            device=torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            adapter=str(out.adapter),
+            curve=str(out.curve),
+            log=str(out.log),
+            sample_before=self.sample_before,
+            sample_after=self._sample(),
+        )
+        write_json(out.summary, dataclasses.asdict(summary))
+        say = self.display.say
+        say(f"held-out perplexity after: {summary.perplexity_after:.2f}")
+        say(
+            f"{summary.steps} steps, {summary.tokens:,} tokens in {clock(summary.seconds)} "
+            f"({summary.tokens_per_second:,.0f} tokens/s), peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+        if summary.sample_before is not None:
+            prompt = self.config.sample_prompt
+            say(
+                f"\nsample before: {prompt}{summary.sample_before}\n\nsample after: {prompt}{summary.sample_after}\n"
+            )
+        say(f"adapter: {summary.adapter}\ncurve:   {summary.curve}\nlog:     {summary.log}")
+        return summary
+
+    def _plot(self) -> None:
+        """The curve of whatever was logged; a run that failed has one too."""
+        title = f"{Path(self.config.model).name} on {Path(self.config.data).name}"
+        try:
+            plot_curve(self.log.entries, self.out.curve, title)
+        except OSError as error:
+            self.display.warn(f"no loss curve: {error}")
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700.0 else math.inf

@@ -1,0 +1,142 @@
+"""down: h = scale * drop(x) l^T, [M, K] x [r, K] -> [M, r]; memory-bound, x is read once.
+
+Tile BM x BR over K in steps of BK; one CTA walks all of K for its rows, or a run of it when there are too few row
+blocks to fill the GPU: then fp32 partials [splits, M, r] are summed in order by a second kernel. Any strides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._counters import count
+from . import launch
+from .mask import keep_tile
+
+
+@triton.jit
+def _down_kernel(
+    x, l, out, scaling, words,
+    M, K, R, stride_xm, stride_xk, stride_lr, stride_lk, stride_os, stride_om,
+    scale, run, pitch,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    EVEN_K: tl.constexpr, MASK: tl.constexpr, SCALING: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row0 = tl.program_id(0) * BM
+    rank0 = tl.program_id(1) * BR
+    split = tl.program_id(2)
+    m = row0 + tl.arange(0, BM)
+    r = rank0 + tl.arange(0, BR)
+    k = tl.arange(0, BK)
+    begin = split * run
+    end = tl.minimum(begin + run, K)
+
+    # Rows past the end are clamped, not masked: they compute values nobody stores.
+    x_rows = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * stride_xm
+    l_rows = l + r.to(tl.int64)[None, :] * stride_lr
+    live = (r < R)[None, :]
+    acc = tl.zeros((BM, BR), tl.float32)
+    for k0 in range(begin, end, BK):
+        cols = (k0 + k).to(tl.int64)
+        if EVEN_K:
+            x_tile = tl.load(x_rows + cols[None, :] * stride_xk)
+            l_tile = tl.load(l_rows + cols[:, None] * stride_lk, mask=live, other=0.0)
+        else:
+            x_tile = tl.load(
+                x_rows + cols[None, :] * stride_xk, mask=(cols < end)[None, :], other=0.0
+            )
+            l_tile = tl.load(
+                l_rows + cols[:, None] * stride_lk, mask=live & (cols < end)[:, None], other=0.0
+            )
+        if MASK:
+            x_tile = tl.where(keep_tile(words, row0, k0, M, pitch, BM, BK), x_tile, 0.0)
+        acc = tl.dot(x_tile, l_tile.to(x_tile.dtype), acc, input_precision=PRECISION)
+
+    if SCALING:
+        scale = scale * tl.load(scaling).to(tl.float32)
+    here = out + split.to(tl.int64) * stride_os + m.to(tl.int64)[:, None] * stride_om + r[None, :]
+    tl.store(here, (acc * scale).to(out.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _sum_kernel(partial, out, numel, splits, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    here = partial + i
+    for _ in range(splits):
+        acc += tl.load(here, mask=i < numel, other=0.0)
+        here += numel
+    tl.store(out + i, acc.to(out.dtype.element_ty), mask=i < numel)
+
+
+@dataclass(frozen=True)
+class DownTile:
+    """Tile shape, and into how many runs K is cut."""
+
+    bm: int
+    bk: int
+    br: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def tile_for(
+    m: int, k: int, rank: int, dtype: torch.dtype, masked: bool, device: torch.device
+) -> DownTile:
+    """The tile for a problem: enough CTAs to fill the GPU, enough bytes in flight in each to saturate memory."""
+    br = launch.pick(rank, (16, 32, 64, 128))
+    if launch.interpreting():
+        tile = DownTile(bm=16, bk=32, br=min(br, 32), warps=4, stages=1, splits=1)
+    elif dtype is torch.float32:
+        tile = DownTile(bm=32, bk=64, br=min(br, 64), warps=4, stages=3, splits=1)
+    elif br > 64:
+        tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=3, splits=1)
+    elif masked:  # smaller row blocks: expanding the mask takes registers
+        tile = DownTile(bm=32, bk=128, br=br, warps=4, stages=6 if br == 16 else 4, splits=1)
+    else:
+        tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=5 if br == 16 else 4, splits=1)
+    if m <= 16:
+        tile = replace(tile, bm=16)
+    ctas = triton.cdiv(m, tile.bm) * triton.cdiv(rank, tile.br)
+    splits = launch.multiprocessors(device) // max(ctas, 1)
+    if not launch.interpreting():  # a run of K shorter than four steps is not worth a second launch
+        splits = min(splits, k // (4 * tile.bk), 32)
+    return replace(tile, splits=max(1, splits))
+
+
+def down(
+    x: Tensor,
+    l: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    words: Tensor | None,
+    tile: DownTile | None = None,
+) -> Tensor:
+    """``reference.down`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+    m, k = x.shape
+    rank = l.shape[0]
+    if m == 0 or rank == 0 or k == 0:
+        return x.new_zeros(m, rank)
+    tile = tile or tile_for(m, k, rank, x.dtype, words is not None, x.device)
+    run, splits = launch.split_evenly(k, tile.bk, tile.splits)
+    h = x.new_empty(m, rank)
+    target = h if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
+    with launch.on_device(x.device):
+        _down_kernel[(triton.cdiv(m, tile.bm), triton.cdiv(rank, tile.br), splits)](
+            x, l, target, scaling, words,
+            m, k, rank, *x.stride(), *l.stride(), m * rank, rank,
+            scale, run, 0 if words is None else words.shape[1],
+            BM=tile.bm, BK=tile.bk, BR=tile.br,
+            EVEN_K=k % tile.bk == 0, MASK=words is not None, SCALING=scaling is not None,
+            PRECISION=launch.input_precision(x.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if splits > 1:
+            _sum_kernel[(triton.cdiv(m * rank, 1024),)](target, h, m * rank, splits, BLOCK=1024)
+    count("down", "triton")
+    return h

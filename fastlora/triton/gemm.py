@@ -1,0 +1,213 @@
+"""gemm: y = x w^T + bias + drop(h l^T), the frozen product with its K loop extended by the rank.
+
+Persistent: one CTA per SM walks BM x BN output tiles in groups of rows, fp32 accumulator, one rounding. On sm_90 and
+newer x, w and y move through tensor descriptors (TMA), whose edges are clipped by hardware, and the pipeline runs on
+across tiles; elsewhere, or for tensors no descriptor can name, the same loop loads through pointers with any strides.
+w may be K-major (y = x W^T) or MN-major (dX = dY W): the tile is loaded as it lies, no transposed copy. The low-rank
+operands h and l are small and always come through pointers. With dropout the mask belongs to h l^T alone, so the
+accumulator starts from mask * (h l^T) and the main loop adds to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .._counters import count
+from . import launch
+from .mask import keep_tile
+
+
+@triton.jit
+def _load_tile(
+    src, row0, col0, rows, cols, stride_row, stride_col,
+    BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A [BR, BC] tile through pointers, zero past the edges."""
+    r = row0 + tl.arange(0, BR)
+    c = col0 + tl.arange(0, BC)
+    here = src + r.to(tl.int64)[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_col
+    if EVEN:
+        return tl.load(here)
+    return tl.load(here, mask=(r < rows)[:, None] & (c < cols)[None, :], other=0.0)
+
+
+@triton.jit
+def _more_rank(
+    acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + h[row0:, BR:] l[col0:, BR:]^T: the rank blocks after the first."""
+    for r0 in tl.static_range(BR, RP, BR):
+        h_tile = _load_tile(h, row0, r0, M, R, stride_hm, stride_hr, BM, BR, False)
+        l_tile = _load_tile(l, r0, col0, R, N, stride_lr, stride_ln, BR, BN, False)
+        acc = tl.dot(h_tile, l_tile.to(h_tile.dtype), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _gemm_kernel(
+    x, w, y, h, l, bias, words,
+    M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
+    stride_hm, stride_hr, stride_ln, stride_lr, pitch,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr,
+    GROUP: tl.constexpr, SMS: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
+    LOW_RANK: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, HALVES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    group_size = GROUP * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, SMS, flatten=TMA and not LOW_RANK):
+        # Tiles in groups of GROUP block rows: what runs at once shares its operands in L2.
+        first_m = tile // group_size * GROUP
+        height = tl.minimum(tiles_m - first_m, GROUP)
+        row0 = (first_m + tile % group_size % height) * BM
+        col0 = tile % group_size // height * BN
+
+        acc = tl.zeros((BM, BN), tl.float32)
+        if LOW_RANK:
+            # The first rank block is fetched before the main loop, so that its latency hides behind it.
+            h_tile = _load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
+            l_tile = _load_tile(l, 0, col0, R, N, stride_lr, stride_ln, BR, BN, False).to(
+                h_tile.dtype
+            )
+        if MASK:
+            acc = tl.dot(h_tile, l_tile, acc, input_precision=PRECISION)
+            acc = _more_rank(acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
+                             BM, BN, BR, RP, PRECISION)  # fmt: skip
+            acc = tl.where(keep_tile(words, row0, col0, M, pitch, BM, BN), acc, 0.0)
+        for k0 in range(0, K, BK):
+            if TMA:
+                x_tile = x.load([row0, k0])
+                w_tile = w.load([col0, k0]).T if W_K_MAJOR else w.load([k0, col0])
+            else:
+                x_tile = _load_tile(x, row0, k0, M, K, stride_xm, stride_xk, BM, BK, EVEN)
+                w_tile = _load_tile(w, k0, col0, K, N, stride_wk, stride_wn, BK, BN, EVEN)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        if LOW_RANK and not MASK:
+            acc = tl.dot(h_tile, l_tile, acc, input_precision=PRECISION)
+            acc = _more_rank(acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
+                             BM, BN, BR, RP, PRECISION)  # fmt: skip
+        n = col0 + tl.arange(0, BN)
+        if BIAS:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if TMA:
+            if (
+                HALVES
+            ):  # two half-width stores need half the staging memory: one more pipeline stage
+                left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+                y.store([row0, col0], left.to(DTYPE))
+                y.store([row0, col0 + BN // 2], right.to(DTYPE))
+            else:
+                y.store([row0, col0], acc.to(DTYPE))
+        else:
+            m = row0 + tl.arange(0, BM)
+            here = y + m.to(tl.int64)[:, None] * stride_ym + n[None, :]
+            tl.store(here, acc.to(DTYPE), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+_TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """Tile shape and pipeline of one launch."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    group: int = 16
+    halves: bool = False  # store the tile in two halves (descriptor path)
+    br: int = 32  # largest rank block
+
+
+def tile_for(m: int, dtype: torch.dtype, low_rank: bool, device: torch.device) -> GemmTile:
+    """The tile for a problem, by arch and rows."""
+    if launch.interpreting():
+        return GemmTile(32, 32, 32, warps=4, stages=1, group=2, halves=m > 64, br=16)
+    major, minor = launch.capability(device)
+    roomy = (major, minor) in (
+        (8, 0),
+        (9, 0),
+        (10, 0),
+        (10, 3),
+    )  # 160 KB of shared memory a CTA and more
+    if dtype is torch.float32:
+        return GemmTile(64, 64, 32, warps=4, stages=3)
+    if m <= 64:
+        return GemmTile(
+            launch.pick(m, (16, 32, 64)),
+            64,
+            128 if roomy else 64,
+            warps=4,
+            stages=4 if roomy else 3,
+        )
+    if m <= 512:
+        return GemmTile(64, 128, 64, warps=4, stages=4 if roomy else 3)
+    if major >= 9 and roomy:
+        return GemmTile(128, 256, 64, warps=8, stages=3, halves=not low_rank)
+    return GemmTile(128, 128, 64 if roomy else 32, warps=8 if roomy else 4, stages=3)
+
+
+def gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor | None,
+    l: Tensor | None,
+    bias: Tensor | None,
+    words: Tensor | None,
+    tile: GemmTile | None = None,
+) -> Tensor:
+    """``reference.gemm`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+    m, k = x.shape
+    n = w.shape[0]
+    y = x.new_empty(m, n)
+    if m == 0 or n == 0:
+        return y
+    rank = h.shape[1] if h is not None and l is not None else 0
+    low_rank = rank > 0
+    tile = tile or tile_for(m, x.dtype, low_rank, x.device)
+    block_rank = min(launch.pick(rank, (16, 32, 64)), tile.br)
+    mask = low_rank and words is not None
+
+    k_major = w.stride(1) == 1
+    w_rows = w if k_major else w.t()
+    tma = (
+        launch.capability(x.device) >= (9, 0)
+        and k > 0
+        and all(map(launch.describable, (x, w_rows, y)))
+    )
+    operands: tuple[Any, Any, Any] = (x, w, y)
+    if tma:
+        w_block = [tile.bn, tile.bk] if k_major else [tile.bk, tile.bn]
+        operands = (
+            TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]),
+            TensorDescriptor.from_tensor(w_rows, w_block),
+            TensorDescriptor.from_tensor(y, [tile.bm, tile.bn // 2 if tile.halves else tile.bn]),
+        )
+    ctas = min(launch.multiprocessors(x.device), triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn))
+    with launch.on_device(x.device):
+        _gemm_kernel[(ctas,)](
+            *operands, h, l, bias, words,
+            m, n, k, rank, *x.stride(), *w.stride(), y.stride(0),
+            *(h.stride() if h is not None else (0, 0)), *(l.stride() if l is not None else (0, 0)),
+            0 if words is None else words.shape[1],
+            BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=block_rank, RP=triton.cdiv(rank, block_rank) * block_rank,
+            GROUP=tile.group, SMS=ctas, TMA=tma, W_K_MAJOR=k_major,
+            EVEN=m % tile.bm == 0 and n % tile.bn == 0 and k % tile.bk == 0,
+            LOW_RANK=low_rank, MASK=mask, BIAS=bias is not None, HALVES=tile.halves,
+            DTYPE=_TL_DTYPE[x.dtype],
+            PRECISION=launch.input_precision(x.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    count("gemm", "triton")
+    return y

@@ -1,0 +1,100 @@
+"""mask: the dropout mask of ``fastlora.rng`` packed 32 columns to a word; compute-bound, 1/16 of a bf16 x in bytes.
+
+Forward makes the words once for ``down``; backward makes them again for ``gemm`` and ``wgrad``. They live for the
+length of one pass: what is saved for backward is the two-word state. ``keep_tile`` expands them where they are used.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._counters import count
+from ..rng import KEEP_ALL
+from . import launch
+
+
+@triton.jit
+def keep_tile(words, row0, col0, rows, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Bool [ROWS, COLS] of the mask at (row0, col0); col0 and COLS are multiples of 32. Past the edges: anything."""
+    WORDS: tl.constexpr = COLS // 32
+    m = row0 + tl.arange(0, ROWS)
+    word = col0 // 32 + tl.arange(0, WORDS)
+    here = words + m.to(tl.int64)[:, None] * stride + word[None, :]
+    tile = tl.load(here, mask=(m < rows)[:, None] & (word < stride)[None, :], other=0)
+    bits = (tile[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, COLS)) != 0
+
+
+@triton.jit
+def _round(c0, c1, c2, c3, key0, key1):
+    """One Philox4x32 round; the 64-bit products become single wide multiplies."""
+    p0 = c0.to(tl.uint64) * 0xD2511F53
+    p1 = c2.to(tl.uint64) * 0xCD9E8D57
+    return (
+        (p1 >> 32).to(tl.uint32) ^ c1 ^ key0,
+        p1.to(tl.uint32),
+        (p0 >> 32).to(tl.uint32) ^ c3 ^ key1,
+        p0.to(tl.uint32),
+    )
+
+
+@triton.jit
+def _push(bits, output, bump):
+    """Shift in the keep bits of both halves of one Philox output.
+
+    Adding 32768 - keep to a 15-bit number carries into bit 15 exactly when the number reaches keep: two comparisons in
+    one add. After sixteen pushes the low halves' bits stand in 0..15, the high halves' in 16..31, in order.
+    """
+    carried = (output & 0x7FFF7FFF) + bump
+    return (bits >> 1) | ((carried & 0x80008000) ^ 0x80008000)
+
+
+@triton.jit
+def _mask_kernel(words, rng_state, bump, rows, pitch, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    zero = tl.zeros((ROWS, WORDS), tl.uint32)
+    row = zero + m.to(tl.uint32)[:, None]
+    call0 = zero + word.to(tl.uint32)[None, :] * 4
+    seed = tl.load(rng_state).to(tl.uint64, bitcast=True)
+    offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
+    both = zero + bump.to(tl.uint32) * 0x10001
+    bits = zero
+    for call in tl.static_range(4):
+        key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        c0, c1 = zero + offset.to(tl.uint32), zero + (offset >> 32).to(tl.uint32)
+        c2, c3 = call0 + call, row
+        for _ in tl.static_range(7):
+            c0, c1, c2, c3 = _round(c0, c1, c2, c3, key0, key1)
+            key0 += 0x9E3779B9
+            key1 += 0xBB67AE85
+        bits = _push(_push(_push(_push(bits, c0, both), c1, both), c2, both), c3, both)
+    here = words + m.to(tl.int64)[:, None] * pitch + word[None, :]
+    tl.store(
+        here, bits.to(tl.int32, bitcast=True), mask=(m < rows)[:, None] & (word < pitch)[None, :]
+    )
+
+
+def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
+    """``reference.mask`` on Triton."""
+    pitch = triton.cdiv(cols, 32)
+    words = torch.empty(rows, pitch, dtype=torch.int32, device=rng_state.device)
+    if words.numel() == 0:
+        return words
+    row_block, word_block = 4, 64
+    with launch.on_device(rng_state.device):
+        _mask_kernel[(triton.cdiv(rows, row_block), triton.cdiv(pitch, word_block))](
+            words,
+            rng_state,
+            KEEP_ALL - keep,
+            rows,
+            pitch,
+            ROWS=row_block,
+            WORDS=word_block,
+            num_warps=4,
+        )
+    count("mask", "triton")
+    return words

@@ -1,0 +1,207 @@
+"""wgrad: dA = g^T drop(x) [r, K], dB = dY^T h [N, r] and dbias = sum_m dY [N], all in one launch; memory-bound.
+
+Both products are out[n, r] = sum_m v[m, n] u[m, r] with a wide v (x or dY) and a skinny u (g or h). A CTA owns BN
+columns of v and a run of rows, and leaves fp32 partials [splits, n, r]; a second launch sums them in index order, so
+the result never depends on who finished first. CTAs below ``ctas_a`` work on dA, the others on dB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._counters import count
+from . import launch
+from .mask import keep_tile
+
+
+@triton.jit
+def _partial(
+    v, u, partial, bias_partial, words, task, run,
+    M, N, R, stride_vm, stride_vn, stride_um, stride_ur, pitch,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One (split, rank block, column block) of out[n, r] = sum_m v[m, n] u[m, r], as an fp32 partial."""
+    blocks_n = tl.cdiv(N, BN)
+    blocks_r = tl.cdiv(R, BR)
+    col0 = task % blocks_n * BN
+    rank0 = task // blocks_n % blocks_r * BR
+    split = task // (blocks_n * blocks_r)
+    n = col0 + tl.arange(0, BN)
+    r = rank0 + tl.arange(0, BR)
+    begin = split * run
+    end = tl.minimum(begin + run, M)
+
+    v_cols = v + n.to(tl.int64)[None, :] * stride_vn
+    u_cols = u + r.to(tl.int64)[None, :] * stride_ur
+    acc = tl.zeros((BN, BR), tl.float32)
+    bias_acc = tl.zeros((BN,), tl.float32)
+    for m0 in range(begin, end, BM):
+        m = m0 + tl.arange(0, BM)
+        rows = m.to(tl.int64)[:, None]
+        inside = (m < end)[:, None]
+        v_tile = tl.load(v_cols + rows * stride_vm, mask=inside & (n < N)[None, :], other=0.0)
+        u_tile = tl.load(u_cols + rows * stride_um, mask=inside & (r < R)[None, :], other=0.0)
+        if BIAS:
+            bias_acc += tl.sum(v_tile.to(tl.float32), axis=0)
+        if MASK:
+            v_tile = tl.where(keep_tile(words, m0, col0, M, pitch, BM, BN), v_tile, 0.0)
+        acc = tl.dot(v_tile.T, u_tile, acc, input_precision=PRECISION)
+
+    here = partial + (tl.cast(split, tl.int64) * N + n)[:, None] * R + r[None, :]
+    tl.store(here, acc, mask=(n < N)[:, None] & (r < R)[None, :])
+    if BIAS:
+        if rank0 == 0:
+            tl.store(bias_partial + tl.cast(split, tl.int64) * N + n, bias_acc, mask=n < N)
+
+
+@triton.jit
+def _wgrad_kernel(
+    x, g, partial_a, dy, h, partial_b, bias_partial, words, ctas_a, run_a, run_b,
+    M, K, N, R, stride_xm, stride_xk, stride_gm, stride_gr, stride_ym, stride_yn, stride_hm, stride_hr, pitch,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    DO_A: tl.constexpr, DO_B: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    task = tl.program_id(0)
+    if DO_A:
+        if task < ctas_a:
+            _partial(x, g, partial_a, None, words, task, run_a, M, K, R, stride_xm, stride_xk, stride_gm,
+                     stride_gr, pitch, BM, BN, BR, MASK, False, PRECISION)  # fmt: skip
+    if DO_B:
+        if task >= ctas_a:
+            _partial(dy, h, partial_b, bias_partial, None, task - ctas_a, run_b, M, N, R, stride_ym, stride_yn,
+                     stride_hm, stride_hr, 0, BM, BN, BR, False, BIAS, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _sum_splits(
+    partial,
+    out,
+    block,
+    rows,
+    cols,
+    splits,
+    stride_row,
+    stride_col,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """out[n, r] = sum over splits of partial[s, n, r], in index order, for BN rows."""
+    n = block * BN + tl.arange(0, BN)
+    for r0 in range(0, cols, BR):
+        r = r0 + tl.arange(0, BR)
+        inside = (n < rows)[:, None] & (r < cols)[None, :]
+        acc = tl.zeros((BN, BR), tl.float32)
+        here = partial + n.to(tl.int64)[:, None] * cols + r[None, :]
+        for _ in range(splits):
+            acc += tl.load(here, mask=inside, other=0.0)
+            here += tl.cast(rows, tl.int64) * cols
+        to = out + n.to(tl.int64)[:, None] * stride_row + r.to(tl.int64)[None, :] * stride_col
+        tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _reduce_kernel(
+    partial_a, d_a, partial_b, d_b, bias_partial, d_bias, blocks_a, K, N, R, splits_a, splits_b,
+    BN: tl.constexpr, BR: tl.constexpr, DO_A: tl.constexpr, DO_B: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    if DO_A:
+        if block < blocks_a:
+            _sum_splits(partial_a, d_a, block, K, R, splits_a, 1, K, BN, BR)
+    if DO_B:
+        if block >= blocks_a:
+            _sum_splits(partial_b, d_b, block - blocks_a, N, R, splits_b, R, 1, BN, BR)
+            if BIAS:
+                _sum_splits(bias_partial, d_bias, block - blocks_a, N, 1, splits_b, 1, 1, BN, 1)
+
+
+@dataclass(frozen=True)
+class WgradTile:
+    """Tile shape, and how many CTAs the launch should have at least (rows are split to get there)."""
+
+    bm: int
+    bn: int
+    br: int
+    warps: int
+    stages: int
+    ctas: int
+
+
+def tile_for(rank: int, dtype: torch.dtype, masked: bool, device: torch.device) -> WgradTile:
+    """The tile for a rank and dtype."""
+    br = launch.pick(rank, (16, 32, 64, 128))
+    sms = launch.multiprocessors(device)
+    if launch.interpreting():
+        return WgradTile(bm=32, bn=32, br=min(br, 32), warps=4, stages=1, ctas=sms)
+    if dtype is torch.float32:
+        return WgradTile(bm=32, bn=64, br=min(br, 64), warps=4, stages=3, ctas=2 * sms)
+    if masked:
+        return WgradTile(bm=64, bn=128, br=br, warps=4, stages=4 if br <= 64 else 3, ctas=4 * sms)
+    return WgradTile(bm=64, bn=64, br=br, warps=4, stages=4, ctas=2 * sms)
+
+
+def wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    h: Tensor | None,
+    words: Tensor | None,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    dtype_bias: torch.dtype | None,
+    tile: WgradTile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``reference.wgrad`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+    k = x.shape[1] if x is not None and g is not None else 0
+    n = dy.shape[1] if dy is not None and h is not None else 0
+    d_a = None if x is None or g is None else g.new_empty(g.shape[1], k, dtype=dtype_a)
+    d_b = None if dy is None or h is None else h.new_empty(n, h.shape[1], dtype=dtype_b)
+    d_bias = None
+    if dy is not None and dtype_bias is not None:
+        d_bias = dy.new_empty(dy.shape[1], dtype=dtype_bias)
+
+    like, skinny = (x, g) if k else (dy, h)
+    m, rank = (0, 0) if skinny is None else skinny.shape
+    idle = m == 0 or rank == 0 or k + n == 0
+    if d_bias is not None and dy is not None and (idle or n == 0):  # no pass over dY to ride on
+        d_bias.copy_(dy.sum(0, dtype=torch.float32))
+    if idle or like is None:
+        for d in (d_a, d_b):
+            if d is not None:
+                d.zero_()
+        return d_a, d_b, d_bias
+    do_a, do_b = k > 0, n > 0
+
+    tile = tile or tile_for(rank, like.dtype, words is not None, like.device)
+    blocks_r = triton.cdiv(rank, tile.br)
+    columns_a, columns_b = triton.cdiv(k, tile.bn), triton.cdiv(n, tile.bn)
+    parts = triton.cdiv(tile.ctas, (columns_a + columns_b) * blocks_r)
+    run, splits = launch.split_evenly(m, tile.bm, parts)
+    partial_a = like.new_empty(splits, k, rank, dtype=torch.float32) if do_a else None
+    partial_b = like.new_empty(splits, n, rank, dtype=torch.float32) if do_b else None
+    bias = do_b and d_bias is not None
+    bias_partial = like.new_empty(splits, n, dtype=torch.float32) if bias else None
+    ctas_a, ctas_b = columns_a * blocks_r * splits, columns_b * blocks_r * splits
+    strides = [s for t in (x, g, dy, h) for s in (t.stride() if t is not None else (0, 0))]
+    with launch.on_device(like.device):
+        _wgrad_kernel[(ctas_a + ctas_b,)](
+            x, g, partial_a, dy, h, partial_b, bias_partial, words, ctas_a, run, run,
+            m, k, n, rank, *strides, 0 if words is None else words.shape[1],
+            BM=tile.bm, BN=tile.bn, BR=tile.br, DO_A=do_a, DO_B=do_b,
+            MASK=words is not None, BIAS=bias, PRECISION=launch.input_precision(like.dtype),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        rows = 64
+        blocks_a = triton.cdiv(k, rows)
+        _reduce_kernel[(blocks_a + triton.cdiv(n, rows),)](
+            partial_a, d_a, partial_b, d_b, bias_partial, d_bias, blocks_a, k, n, rank, splits, splits,
+            BN=rows, BR=min(tile.br, 32), DO_A=do_a, DO_B=do_b, BIAS=bias, num_warps=4,
+        )  # fmt: skip
+    count("wgrad", "triton")
+    return d_a, d_b, d_bias

@@ -1,0 +1,142 @@
+"""The tile planner: what it returns can always run, ranks sensibly, and refuses what no kernel has."""
+
+import pytest
+
+_core = pytest.importorskip("fastlora._core", reason="fastlora._core was not built")
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+SHARED_MEMORY = 232_448  # bytes a CTA may use on sm_90
+
+sizes = st.one_of(st.integers(0, 300), st.integers(0, 2**20), st.integers(0, 2**36))
+problems = st.builds(
+    _core.Problem,
+    m=sizes,
+    n=sizes,
+    k=sizes,
+    rank=st.integers(0, 512),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+    num_sms=st.integers(1, 200),
+)
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def tiles(problem, config):
+    return ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n)
+
+
+@hypothesis.given(problems)
+def test_every_candidate_can_run(problem):
+    configs = _core.candidates(problem)
+    assert configs
+    assert len(set(configs)) == len(configs)
+    for config in configs:
+        slabs = config.stages * 64 * 2 * (config.block_m + config.block_n)
+        assert slabs + config.block_m * config.block_n < config.shared_memory <= SHARED_MEMORY
+        assert 3 <= config.stages <= 8
+        assert config.cluster_m * config.cluster_n in (1, 2)
+        # A pair of CTAs needs two tiles along its axis, a split needs K steps to share out.
+        assert config.cluster_m <= max(1, ceil_div(problem.m, config.block_m))
+        assert config.cluster_n <= max(1, ceil_div(problem.n, config.block_n))
+        steps = ceil_div(problem.k, 64) + ceil_div(problem.rank, 64)
+        assert config.split_k == 1 or steps >= 8 * config.split_k
+
+
+@hypothesis.given(problems)
+def test_best_first_and_the_same_every_time(problem):
+    configs = _core.candidates(problem)
+    clocks = [_core.estimate(problem, config) for config in configs]
+    assert clocks == sorted(clocks)
+    assert clocks[0] > 0
+    assert _core.plan(problem) == configs[0] == _core.plan(problem)
+
+
+@hypothesis.given(problems, st.data())
+def test_flat_form_round_trips(problem, data):
+    config = data.draw(st.sampled_from(_core.candidates(problem)))
+    again = _core.TileConfig.from_list(config.to_list())
+    assert again == config
+    assert hash(again) == hash(config)
+    assert repr(again) == repr(config)
+
+
+@hypothesis.given(problems, st.sampled_from("mnk"), st.data())
+def test_more_work_is_never_predicted_faster(problem, axis, data):
+    hypothesis.assume(getattr(problem, axis) <= 2**35)
+    config = data.draw(st.sampled_from(_core.candidates(problem)))
+    sides = {"m": problem.m, "n": problem.n, "k": problem.k}
+    sides[axis] *= 2
+    larger = _core.Problem(**sides, rank=problem.rank, dtype=problem.dtype, num_sms=problem.num_sms)
+    assert _core.estimate(larger, config) >= _core.estimate(problem, config)
+
+
+@pytest.mark.parametrize("n_k", [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192)])
+def test_training_shapes_get_big_tiles_in_pairs_and_no_split(n_k):
+    problem = _core.Problem(8192, *n_k, rank=16)
+    config = _core.plan(problem)
+    assert config.block_m * config.block_n >= 128 * 192
+    assert config.cluster_m * config.cluster_n == 2
+    assert config.split_k == 1
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_few_rows_get_short_tiles_and_split_k_until_the_gpu_is_full(m):
+    problem = _core.Problem(m, 4096, 4096, rank=16)
+    config = _core.plan(problem)
+    assert config.block_m == 64
+    assert config.split_k > 1
+    assert tiles(problem, config) <= problem.num_sms
+    assert _core.plan(_core.Problem(m, 8192 * 4, 4096)).split_k == 1  # enough tiles already
+
+
+def test_predictions_are_of_the_right_size():
+    # 8192 x 4096 -> 4096 takes 365 us on an H200 at about 1.75 GHz; the model knows no power limit.
+    problem = _core.Problem(8192, 4096, 4096)
+    microseconds = _core.estimate(problem, _core.plan(problem)) / 1750
+    assert 250 < microseconds < 400
+
+
+def test_repr_shows_every_field():
+    problem = _core.Problem(3, 4, 5, rank=6, dtype="float16", num_sms=7)
+    assert repr(problem) == 'Problem(m=3, n=4, k=5, rank=6, dtype="float16", num_sms=7)'
+    config = _core.TileConfig.from_list([128, 256, 4, 2, 1, 1, 16])
+    assert repr(config) == (
+        "TileConfig(block_m=128, block_n=256, stages=4, cluster_m=2, cluster_n=1, split_k=1, group_m=16)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"m": -1}, r"0\.\.2\^36, got -1"),
+        ({"k": 2**36 + 1}, r"0\.\.2\^36"),
+        ({"rank": -3}, "got -3"),
+        ({"dtype": "float32"}, "bfloat16 or float16, got float32"),
+        ({"num_sms": 0}, "num_sms must be at least 1"),
+    ],
+)
+def test_bad_problems_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _core.Problem(**{"m": 1, "n": 1, "k": 1} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ([128, 256, 4, 2, 1, 1], "has 7 numbers, got 6"),
+        ([128, 512, 4, 2, 1, 1, 8], "no kernel has the tile 128x512"),
+        ([128, 256, 5, 2, 1, 1, 8], r"stages must be 3\.\.4"),
+        ([128, 256, 2, 2, 1, 1, 8], r"stages must be 3\.\.4"),
+        ([128, 256, 4, 2, 2, 1, 8], "cluster_m, cluster_n"),
+        ([128, 256, 4, 3, 1, 1, 8], "cluster_m, cluster_n"),
+        ([128, 256, 4, 1, 1, 3, 8], "split_k must be 1, 2, 4 or 8"),
+        ([128, 256, 4, 1, 1, 1, 0], r"1\.\.1024"),
+        ([128, 256, 4, 1, 1, 1, 2**40], r"1\.\.1024"),
+    ],
+)
+def test_configurations_no_kernel_can_run_are_refused(flat, message):
+    with pytest.raises(ValueError, match=message):
+        _core.TileConfig.from_list(flat)

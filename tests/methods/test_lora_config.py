@@ -1,0 +1,170 @@
+"""LoraConfig: defaults and files against stock peft, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+
+from fastlora import LoraConfig
+from fastlora.methods.lora import _IGNORED, _UNSUPPORTED
+
+
+def test_fields_and_defaults_are_pefts() -> None:
+    theirs = peft.LoraConfig()
+    for field in dataclasses.fields(LoraConfig):
+        if field.name != "quantize":
+            assert getattr(LoraConfig(), field.name) == getattr(theirs, field.name), field.name
+    known = {f.name for f in dataclasses.fields(LoraConfig)} | {"peft_type", *_IGNORED}
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} <= known
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"r": 0}, ValueError),
+        ({"r": -1}, ValueError),
+        ({"r": 513}, ValueError),
+        ({"r": 8.0}, ValueError),
+        ({"r": True}, ValueError),
+        ({"lora_alpha": float("nan")}, ValueError),
+        ({"lora_alpha": "16"}, ValueError),
+        ({"lora_dropout": 1.0}, ValueError),
+        ({"lora_dropout": -0.1}, ValueError),
+        ({"lora_dropout": None}, ValueError),
+        ({"bias": "some"}, ValueError),
+        ({"init_lora_weights": "eva"}, ValueError),
+        ({"task_type": "CHAT"}, ValueError),
+        ({"use_rslora": 1}, TypeError),
+        ({"target_modules": 3}, TypeError),
+        ({"target_modules": [1]}, TypeError),
+        ({"target_modules": [""]}, TypeError),
+        ({"target_modules": "(q_proj"}, ValueError),
+        ({"exclude_modules": "["}, ValueError),
+        ({"modules_to_save": "head"}, TypeError),
+        ({"layers_to_transform": [-1], "target_modules": ["q"]}, ValueError),
+        ({"layers_to_transform": [0], "target_modules": "q.*"}, ValueError),
+        ({"layers_pattern": "layers", "target_modules": ["q"]}, ValueError),
+        ({"rank_pattern": ["q"]}, TypeError),
+        ({"rank_pattern": {"q(": 4}}, ValueError),
+        ({"rank_pattern": {"q": 0}}, ValueError),
+        ({"alpha_pattern": {"q": float("inf")}}, ValueError),
+        ({"quantize": "nf4"}, NotImplementedError),
+        ({"base_model_name_or_path": 3}, TypeError),
+    ],
+)
+def test_bad_values_name_the_field(settings: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(settings))):
+        LoraConfig(**settings)
+
+
+@pytest.mark.parametrize("field", sorted(_UNSUPPORTED))
+def test_features_of_peft_that_are_not_there_point_to_accelerate(field: str) -> None:
+    value = True if _UNSUPPORTED[field] is False else {"some": "setting"}
+    with pytest.raises(NotImplementedError, match=rf"{field}.*fastlora\.accelerate"):
+        LoraConfig(**{field: value})
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="lora_aplha"):
+        LoraConfig(lora_aplha=3)
+
+
+FULL = {
+    "r": 4,
+    "target_modules": ["v_proj", "q_proj"],
+    "exclude_modules": ["lm_head"],
+    "lora_alpha": 12.5,
+    "lora_dropout": 0.1,
+    "bias": "lora_only",
+    "use_rslora": True,
+    "modules_to_save": ["embed_tokens"],
+    "init_lora_weights": "pissa_niter_4",
+    "layers_to_transform": [0, 1],
+    "layers_pattern": "layers",
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 3},
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "some/model",
+    "revision": "main",
+}
+
+
+def test_json_is_sorted_indented_and_has_the_values(tmp_path: Path) -> None:
+    LoraConfig(**{**FULL, "target_modules": {"v_proj", "q_proj"}}).save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    values = json.loads(text)
+    assert list(values) == sorted(values)
+    assert text.startswith('{\n  "alpha_pattern"')
+    assert values["target_modules"] == ["q_proj", "v_proj"]
+    assert values["peft_type"] == "LORA"
+    assert values["use_dora"] is False
+    assert "quantize" not in values
+
+
+def test_stock_peft_reads_our_file(tmp_path: Path) -> None:
+    LoraConfig(**FULL).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Using Rank-Stabilized LoRA")
+        theirs = peft.LoraConfig.from_pretrained(tmp_path)
+    for name, value in FULL.items():
+        theirs_value = getattr(theirs, name)
+        assert (sorted(theirs_value) if isinstance(theirs_value, set) else theirs_value) == (
+            sorted(value) if name in ("target_modules", "exclude_modules") else value
+        )
+
+
+def test_we_read_stock_pefts_file(tmp_path: Path) -> None:
+    peft.LoraConfig(**FULL).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = LoraConfig.from_pretrained(tmp_path)
+    for name, value in FULL.items():
+        ours_value = getattr(ours, name)
+        assert (sorted(ours_value) if name == "target_modules" else ours_value) == (
+            sorted(value) if name == "target_modules" else value
+        )
+
+
+def test_unknown_keys_of_a_file_are_ignored_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="brand_new_field"):
+        config = LoraConfig.from_dict({"peft_type": "LORA", "r": 3, "brand_new_field": 1})
+    assert config.r == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1, 2]", "JSON list"),
+        ('{"r": 8}', "peft_type"),
+        ('{"peft_type": "IA3"}', "IA3"),
+        ('{"peft_type": "LORA", "r": 100000}', "r: got 100000"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+    ],
+)
+def test_hostile_files_are_refused_by_name(
+    tmp_path: Path, content: str | bytes, message: str
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        LoraConfig.from_pretrained(tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        LoraConfig.from_pretrained(tmp_path)
+
+
+def test_dora_file_points_to_stock_peft(tmp_path: Path) -> None:
+    peft.LoraConfig(use_dora=True).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="use_dora"):
+        LoraConfig.from_pretrained(tmp_path)
