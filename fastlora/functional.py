@@ -51,7 +51,7 @@ def lora_linear(
     y: Tensor = LoraLinearFunction.apply(
         x, weight, lora_a, lora_b, scaling, bias, keep, rng_state, dtype
     )
-    return y
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

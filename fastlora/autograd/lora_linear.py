@@ -63,10 +63,10 @@ class LoraLinearFunction(torch.autograd.Function):
             scaling_tensor,
         )
         ctx.scale, ctx.keep, ctx.dtype, ctx.low_rank = scale, keep, dtype, low_rank
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.x_shape, ctx.x_dtype, ctx.in_features = x.shape, x.dtype, x.shape[-1]
         ctx.a_like, ctx.b_like = (lora_a.shape, lora_a.dtype), (lora_b.shape, lora_b.dtype)
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y  # [M, N]: a view made in here could not be changed in place by the caller
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,7 +87,7 @@ class LoraLinearFunction(torch.autograd.Function):
             if (
                 rng_state is not None
             ):  # made again, not saved: two words of state stand for the whole mask
-                words = ops.mask(rng_state, dy.shape[0], ctx.x_shape[-1], keep)
+                words = ops.mask(rng_state, dy.shape[0], ctx.in_features, keep)
 
         dx = None
         if need_x:

@@ -20,7 +20,7 @@ app = typer.Typer(
 
 @contextlib.contextmanager
 def told_errors(debug: bool) -> Iterator[None]:
-    """Turn what a user can act on into one message on stderr and an exit code; ``debug`` shows tracebacks instead."""
+    """Turn errors into one message on stderr and an exit code; ``debug`` shows tracebacks."""
     from ..training.errors import FineTuneError
 
     try:
@@ -65,7 +65,7 @@ def _options(
 
 @app.command()
 def doctor() -> None:
-    """Print versions, what was compiled, what this machine can run, and a short self-test of every op."""
+    """Print versions, what was compiled, what this machine can run; test every op."""
     from .doctor import doctor_command  # imports torch, which --help can do without
 
     doctor_command()

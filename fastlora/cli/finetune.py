@@ -215,8 +215,8 @@ def finetune_command(
 ) -> None:
     """Fine-tune a local causal language model on text or JSONL.
 
-    Prints held-out perplexity before and after, and leaves the adapter (PEFT's layout), checkpoints to --resume from,
-    a loss curve and a JSON log in --output.
+    Prints held-out perplexity before and after, and leaves the adapter (PEFT's layout), checkpoints
+    to --resume from, a loss curve and a JSON log in --output.
     """
     options = dict(context.params)
     for flag in ("resume", "overwrite", "debug"):
@@ -233,7 +233,7 @@ def finetune_command(
 
 
 def _on_the_command_line(context: typer.Context, name: str) -> bool:
-    # By name: typer brings its own click, and which of the two holds the enum depends on its version.
+    # By name: which click holds the enum, typer's own or the package, depends on the version.
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
@@ -246,7 +246,7 @@ def _fresh(options: dict[str, Any]) -> FinetuneConfig:
 
 
 def _resumed(output: str, options: dict[str, Any], given: set[str]) -> FinetuneConfig:
-    """The options the run began with, and over them those given now (the engine refuses what may not change)."""
+    """The run's own options, and over them those given now; the engine refuses what is fixed."""
     from ..training.output import read_run
 
     saved = FinetuneConfig.from_json(read_run(Path(output))["config"])

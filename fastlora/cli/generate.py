@@ -85,6 +85,8 @@ def _sample_both(
             f"--adapter {adapter} holds no adapter_config.json: give a directory written by PEFT or fastlora"
         )
     where = base.pick_device(device)
+    if where.type == "cpu":
+        base.share_cpu()
     tokenizer = base.load_tokenizer(model_path)
     ids = encode_prompt(prompt, tokenizer, chat)
     model = base.load_model(model_path, base.pick_dtype(dtype, where), where)

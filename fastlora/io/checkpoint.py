@@ -1,10 +1,11 @@
 """Resumable training checkpoints: safetensors and JSON, written whole or not at all.
 
     <root>/step-00000100/<group>.safetensors     one file per group of tensors
-    <root>/step-00000100/state.json              everything else, and the size and SHA-256 of each file
+    <root>/step-00000100/state.json              everything else; size and SHA-256 of each file
 
-A checkpoint is built in a hidden directory, flushed to disk and renamed, so a name ``step-*`` appears only when all
-of it is there. A reader still trusts the digests alone: a disk may tear what it acknowledged. Nothing is pickled.
+A checkpoint is built in a hidden directory, flushed to disk and renamed, so a name ``step-*``
+appears only when all of it is there. A reader still trusts the digests alone: a disk may tear what
+it acknowledged. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One loaded checkpoint. ``tensors[group][name]`` are on the CPU, ``state`` holds JSON values."""
+    """A loaded checkpoint: ``tensors[group][name]`` on the CPU, ``state`` of JSON values."""
 
     path: Path
     step: int
@@ -56,11 +57,13 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write ``<root>/step-<step>`` atomically, then delete all but it and the ``keep - 1`` before it.
+    """Write ``<root>/step-<step>`` atomically, then delete all but it and the ``keep - 1`` before
+    it.
 
-    Checkpoints of later steps go too: this run did not come from them (it resumed before them, or they are torn).
-    Tensors may be on any device and of any strides. On any failure (a full disk: ``OSError`` ENOSPC) what was being
-    written is removed, every older checkpoint is still there, and the error is raised.
+    Checkpoints of later steps go too: this run did not come from them (it resumed before them, or
+    they are torn). Tensors may be on any device and of any strides. On any failure (a full disk:
+    ``OSError`` ENOSPC) what was being written is removed, every older checkpoint is still there,
+    and the error is raised.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises ``CheckpointError`` naming the file that is wrong and how."""
+    """Read and verify one. Raises ``CheckpointError`` naming the file that is wrong and how."""
     path = Path(path)
     try:
         header = json.loads((path / STATE_FILE).read_bytes())
@@ -157,7 +160,7 @@ def latest_checkpoint(root: str | Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """Directories named as checkpoints, oldest first (by step). Unfinished ones have other names."""
+    """Directories named as checkpoints, by step. Unfinished ones have other names."""
     root = Path(root)
     found = [
         (int(match[1]), path)
@@ -167,14 +170,16 @@ def list_checkpoints(root: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-# -- atomic files ----------------------------------------------------------------------------------------------
+# -- atomic files ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing_directory(final: Path) -> Iterator[Path]:
-    """Yield an empty hidden directory beside ``final``; on success it takes that name, on failure it vanishes.
+    """Yield an empty hidden directory beside ``final``; on success it takes that name, on failure
+    it vanishes.
 
-    An older ``final`` is moved aside just before and removed after, so it is lost only once the new one stands.
+    An older ``final`` is moved aside just before and removed after, so it is lost only once the new
+    one stands.
     """
     building = final.with_name(f".{final.name}.building")
     _remove(building)
@@ -184,7 +189,8 @@ def replacing_directory(final: Path) -> Iterator[Path]:
         for path in building.rglob("*"):
             _flush(path)
         _flush(building)
-        # A directory cannot be renamed onto a full one. Between the two renames a crash leaves `aside`: see _put_back.
+        # A directory cannot be renamed onto a full one. Between the two renames a crash leaves
+        # `aside`: see _put_back.
         aside = _aside(final)
         _remove(aside)
         if final.exists():
@@ -237,18 +243,19 @@ def _flush(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.exists():
-        # Renamed first: a deletion that is cut short must not leave a half-empty directory under a valid name.
+        # Renamed first: a deletion that is cut short must not leave a half-empty directory under a
+        # valid name.
         doomed = path.with_name(f".{path.name.lstrip('.')}.removing")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-# -- what a step's randomness hangs on ---------------------------------------------------------------------------
+# -- what a step's randomness hangs on -------------------------------------------------------------
 
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The states of torch's (CPU and every CUDA device's), numpy's and Python's global generators."""
+    """The global generators of torch (CPU and every CUDA device), numpy and Python."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -261,7 +268,7 @@ def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def set_rng_state(tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Put back what ``rng_state`` returned. CUDA states are used where the machine has those devices."""
+    """Put back what ``rng_state`` returned; CUDA states where those devices exist."""
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -273,7 +280,7 @@ def set_rng_state(tensors: Tensors, state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
-# -- optimizer -----------------------------------------------------------------------------------------------------
+# -- optimizer -------------------------------------------------------------------------------------
 
 
 def optimizer_tensors(
@@ -293,7 +300,7 @@ def optimizer_tensors(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Tensors, state: Mapping[str, Any]
 ) -> None:
-    """The inverse of ``optimizer_tensors``, for an optimizer over the same parameters in the same order."""
+    """The inverse of ``optimizer_tensors``, for the same parameters in the same order."""
     packed: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **state["scalars"]}.items():
         number, key = name.split(".", 1)

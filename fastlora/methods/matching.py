@@ -101,7 +101,7 @@ def _in_layers(config: LoraConfig, name: str) -> bool:
 
 
 def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
-    """The value of the first pattern that matches ``name`` from a dot to its end, or ``default``."""
+    """The value of the first pattern matching ``name`` from a dot to its end, or ``default``."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

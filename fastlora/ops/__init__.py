@@ -1,6 +1,6 @@
 """Raw ops and the choice of who runs them. ``fastlora.autograd`` is the only caller besides tests."""
 
-from .explain import explain
+from .explanation import explain
 from .raw import down, gemm, mask, wgrad
 from .support import backend
 

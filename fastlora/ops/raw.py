@@ -6,6 +6,7 @@ Private: they have no autograd formula. The public path is ``fastlora.autograd``
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -25,17 +26,26 @@ _library.define(
     "ScalarType dtype_b, ScalarType? dtype_bias) -> (Tensor, Tensor, Tensor)"
 )
 
-_MODULES = {"triton": "fastlora.triton", "torch": "fastlora.ops.torch_backend"}
+_MODULES = {
+    "cuda": "fastlora.ops.cuda_backend",
+    "triton": "fastlora.triton",
+    "torch": "fastlora.ops.torch_backend",
+}
+
+
+@functools.cache
+def backend_module(name: str) -> ModuleType:
+    """The module whose functions run a backend's ops; imported on first use."""
+    return importlib.import_module(_MODULES[name])
 
 
 def _backend(op: str, like: Tensor, rank: int) -> ModuleType:
-    name = support.choose(op, like.device, like.dtype, rank)
-    return importlib.import_module(_MODULES[name])
+    return backend_module(support.choose(op, like.device, like.dtype, rank))
 
 
 def _mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     name = support.choose("mask", rng_state.device, torch.float32, 0)  # a mask fits any dtype
-    return importlib.import_module(_MODULES[name]).mask(rng_state, rows, cols, keep)
+    return backend_module(name).mask(rng_state, rows, cols, keep)
 
 
 def _down(

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import _library
+
 OPS = ("mask", "down", "gemm", "wgrad")
 BACKENDS = ("cuda", "triton", "torch")
 MAX_RANK = 512
@@ -33,6 +35,7 @@ class Row:
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 ROWS = (
+    Row("mask", "cuda", _KERNEL_DTYPES, min_capability=(7, 5)),
     *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
 )
@@ -58,13 +61,17 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
     if row.backend == "triton" and (reason := triton_missing()):
         return reason
     if device.type == "cpu":
+        if row.backend == "cuda":
+            return "cuda kernels need a GPU tensor"
         if not interpreting():
-            return f"{row.backend} kernels need a GPU tensor (on CPU only with TRITON_INTERPRET=1)"
+            return "triton kernels need a GPU tensor (on CPU only with TRITON_INTERPRET=1)"
         if dtype is torch.bfloat16:
             return "Triton's interpreter computes bf16 dot products wrongly; use fp16 or fp32"
         return None
     if device.type != "cuda":
         return f"no {row.backend} kernels for {device.type} tensors"
+    if row.backend == "cuda" and not _library.load(device):
+        return _library.status().reason or f"the op library has no code for {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < row.min_capability:
         need = ".".join(map(str, row.min_capability))

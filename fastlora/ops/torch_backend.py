@@ -1,12 +1,23 @@
-"""The ``torch`` backend: reference.py on the caller's dtype, counted."""
+"""The ``torch`` backend: reference.py on the caller's dtype, counted. The op library makes masks where it is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from .. import reference
+import torch
+from torch import Tensor
+
+from .. import _library, reference
 from .._counters import count
+
+
+def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
+    """``reference.mask``, two orders of magnitude faster on a CPU where the library is built."""
+    count("mask", "torch")
+    if rng_state.device.type == "cpu" and _library.load(rng_state.device):
+        return torch.ops.fastlora._dropout_mask(rng_state, rows, cols, keep)
+    return reference.mask(rng_state, rows, cols, keep)
 
 
 def _counted(op: str) -> Callable[..., Any]:
@@ -19,4 +30,4 @@ def _counted(op: str) -> Callable[..., Any]:
     return run
 
 
-mask, down, gemm, wgrad = map(_counted, ("mask", "down", "gemm", "wgrad"))
+down, gemm, wgrad = map(_counted, ("down", "gemm", "wgrad"))

@@ -5,10 +5,10 @@ a temperature or a neighbour that drifts touches all of them alike. Every timed 
 reported is a ratio: time over the base contender's time *of the same round*, median over the rounds, with a
 bootstrap 95 % interval of that median. Absolute times move by several per cent between runs; these ratios do not.
 
-Two clocks measure a call. The *device clock* (CUDA events around one call) sees what the GPU takes; the host is ahead
-of the GPU only by the length of the L2 flush, so a contender whose Python is slower than its kernels shows gaps here
-too. The *host loop* (100 calls back to back between two synchronisations) is what a training loop would pay, Python
-and launches included. On a machine without CUDA the device clock is ``time.perf_counter``.
+Two clocks measure a call. The *device clock* (CUDA events around one call) sees what the GPU takes, as in a training
+step whose host runs ahead: the GPU is held for ``HOST_LEAD_US`` before each call, alike for all, so that no contender's
+Python shows. The *host loop* (100 calls back to back between two synchronisations) is what a loop pays when the host
+does not run ahead, Python and launches included. On a machine without CUDA the device clock is ``time.perf_counter``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 
 MIN_ROUNDS = 15
+HOST_LEAD_US = 3000  # several times the slowest contender's Python
+_CYCLES_PER_US = 2000  # at the highest clock of today's GPUs; a slower clock only lengthens the lead
 _MIB = 2**20
 
 Call = Callable[[], object]
@@ -96,8 +98,8 @@ class Timing:
 class DeviceClock:
     """Time of one call on ``device`` in us, after its caches were flushed. CUDA events, or perf_counter on a CPU.
 
-    The flush writes a buffer four times the size of the L2, 256 MiB at least: besides emptying the cache it keeps
-    the GPU busy while the host queues the timed call.
+    The flush writes a buffer four times the size of the L2, 256 MiB at least. Before it the GPU spins, while the host
+    queues the timed call.
     """
 
     def __init__(self, device: torch.device, flush_bytes: int | None = None) -> None:
@@ -110,6 +112,9 @@ class DeviceClock:
         self._buffer = torch.empty(flush_bytes, dtype=torch.int8, device=device)
 
     def __call__(self, run: Call) -> float:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda._sleep(HOST_LEAD_US * _CYCLES_PER_US)
         self._buffer.zero_()
         if self.device.type != "cuda":
             started = time.perf_counter()

@@ -1,6 +1,6 @@
 """Fine-tuning as the command line runs it: data, packing, the loop, checkpoints, reports.
 
-``finetune(FinetuneConfig(model=..., data=...))`` is what ``fastlora finetune`` and ``make demo`` call.
+``finetune(FinetuneConfig(model=..., data=...))`` is what ``fastlora finetune`` calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers load with the engine, not with the options: `fastlora --help` stays fast.
+    # torch and transformers load with the engine, not with the options: --help stays fast.
     if name in {"Summary", "finetune"}:
         return getattr(importlib.import_module(".run", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA where there is a GPU, else the CPU; otherwise a torch device that exists here."""
+    """``"auto"`` is CUDA where there is a GPU, else the CPU; or a torch device that exists here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,6 +31,25 @@ def pick_device(device: str) -> torch.device:
             f"--device {device!r} cannot be used here ({reason}); try auto, cpu or cuda:0"
         ) from None
     return picked
+
+
+def share_cpu() -> None:
+    """Use no more threads than this process may run at once.
+
+    torch counts the machine's cores; in a container with a CPU quota the surplus threads only wait
+    for each other.
+    """
+    allowed = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else torch.get_num_threads()
+    )
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            allowed = min(allowed, max(1, int(quota) // int(period)))
+    if torch.get_num_threads() > allowed:
+        torch.set_num_threads(allowed)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -63,7 +83,7 @@ def locate(model: str) -> tuple[Path, str | None]:
 
 
 def fingerprint(model: str) -> dict[str, int]:
-    """Names and sizes of the model's weight files: what a resumed run compares (hashing them would take minutes)."""
+    """Names and sizes of the weight files, for a resumed run to compare; hashes would take long."""
     directory, gguf = locate(model)
     files = [directory / gguf] if gguf else sorted(directory.glob("*.safetensors"))
     return {file.name: file.stat().st_size for file in files}
@@ -88,6 +108,8 @@ def load_model(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     directory, gguf = locate(model)
     try:
         with quiet_transformers():
+            with contextlib.suppress(ImportError):
+                import peft  # noqa: F401  (needed later; its optional parts talk while they load)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, gguf_file=gguf, dtype=dtype, local_files_only=True
             )
@@ -108,7 +130,7 @@ def _brief(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers while it loads; errors still come through."""
+    """No progress bars and no advice from transformers; errors still come through."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
@@ -130,7 +152,7 @@ def quiet_transformers() -> Iterator[None]:
 class CausalLM:
     """A causal language model as the loop calls it: ids and positions in, logits out.
 
-    Models differ in whether their ``forward`` takes ``position_ids`` and ``use_cache``; this looks once.
+    Whether ``forward`` takes ``position_ids`` and ``use_cache`` differs; this looks once.
     """
 
     def __init__(self, model: Any, base: Any) -> None:
@@ -150,10 +172,11 @@ class CausalLM:
 
 @torch.no_grad()
 def keeps_documents_apart(lm: CausalLM, device: torch.device) -> bool:
-    """Whether a document packed behind another gets the logits it gets alone: asked of the model, not of a list.
+    """Whether a document packed behind another gets the logits it gets alone; asks the model.
 
-    Models differ (attention kernels, state-space layers, models without ``position_ids``), so the second of two short
-    documents is compared with itself alone; what it gets as the first one's continuation tells a leak from rounding.
+    Models differ (attention kernels, state-space layers, models without ``position_ids``), so the
+    second of two short documents is compared with itself alone; what it gets as the first one's
+    continuation tells a leak from rounding.
     """
     ids = torch.arange(1, 13, device=device)[None] % lm.vocabulary
     positions = torch.arange(12, device=device)[None]

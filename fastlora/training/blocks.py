@@ -37,7 +37,7 @@ class Data:
 
 
 def prepare_data(config: FinetuneConfig, tokenizer: Any, display: Display) -> Data:
-    """Read, split, cut and pack the data of a run. Raises ``InputError`` for what cannot be trained on."""
+    """Read, split, cut and pack the data of a run; ``InputError`` for what cannot be trained on."""
     training = read_documents(config.data, tokenizer, config.loss_on)
     if config.eval_data is not None:
         held_out = read_documents(config.eval_data, tokenizer, config.loss_on)

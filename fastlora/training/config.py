@@ -1,4 +1,4 @@
-"""What one fine-tuning run is: every option, its default and its limits. Imports neither torch nor transformers."""
+"""What one fine-tuning run is: every option, its default and its limits. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", "cuda", "triton", "torch")
 SCHEDULES = ("cosine", "constant")
 
-# What may differ between the start of a run and its continuation: where and how long, never what is computed.
+# What may differ when a run is continued: where and how long, never what is computed.
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "output",
@@ -35,9 +35,10 @@ CHANGEABLE_ON_RESUME = frozenset(
 class FinetuneConfig:
     """One run of ``fastlora finetune``; the field names are the option names.
 
-    ``model`` is a transformers directory or a .gguf file, ``data`` a .txt or .jsonl file. The run ends at the
-    first of ``epochs``, ``max_steps`` and ``max_minutes`` (training time, evaluation before and after apart).
-    ``target_modules`` is ``"all-linear"``, module names split by commas, or ``"regex:..."``.
+    ``model`` is a transformers directory or a .gguf file, ``data`` a .txt or .jsonl file. The run
+    ends at the first of ``epochs``, ``max_steps`` and ``max_minutes`` (training time, evaluation
+    before and after apart). ``target_modules`` is ``"all-linear"``, module names split by commas,
+    or ``"regex:..."``.
     """
 
     model: str
@@ -77,7 +78,7 @@ class FinetuneConfig:
     sample_tokens: int = 64
 
     def validate(self) -> None:
-        """Raise ``InputError`` naming the first option that cannot be, before anything is loaded."""
+        """Raise ``InputError`` naming the first option that cannot be."""
         for name, allowed in (
             ("method", METHODS),
             ("loss_on", LOSS_ON),
@@ -127,7 +128,7 @@ class FinetuneConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as JSON values, paths made absolute so that a resume may start elsewhere."""
+        """As JSON values, paths made absolute so that a resume may start elsewhere."""
         values = dataclasses.asdict(self)
         for name in ("model", "data", "output", "eval_data"):
             if values[name] is not None:

@@ -1,7 +1,8 @@
 """Reading text and JSONL into token documents with a mask of what the loss looks at.
 
-A document is rendered to text with spans of characters that carry loss, tokenized once as a whole (so that its
-tokens are those the model sees at inference), and the spans are carried over to tokens by the offsets.
+A document is rendered to text with spans of characters that carry loss, tokenized once as a whole
+(so that its tokens are those the model sees at inference), and the spans are carried over to tokens
+by the offsets.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SHAPES = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [{"r
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids int32 [n] and, of the same shape, bool: does the loss look at this token as a target."""
+    """``ids`` int32 [n] and ``target`` bool [n]: is this token one that the loss asks for."""
 
     ids: npt.NDArray[np.int32]
     target: npt.NDArray[np.bool_]
@@ -40,8 +41,8 @@ class Document:
 def read_documents(path: str | Path, tokenizer: Any, loss_on: str = "answer") -> list[Document]:
     """All documents of ``path``: one for a .txt file, one a line for a .jsonl file.
 
-    ``loss_on="answer"`` trains on completions and assistant turns, ``"all"`` on every token; plain text is
-    always trained on whole. Raises ``InputError`` naming the file and the line.
+    ``loss_on="answer"`` trains on completions and assistant turns, ``"all"`` on every token; plain
+    text is always trained on whole. Raises ``InputError`` naming the file and the line.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -132,14 +133,14 @@ def _plain(text: str, tokenizer: Any) -> Document:
 
 
 def encode_answer(prompt: str, completion: str, tokenizer: Any) -> Document:
-    """``prompt`` then ``completion`` as they stand (no separator is added); loss on the completion and EOS."""
+    """``prompt`` then ``completion``, no separator added; loss on the completion and EOS."""
     text = prompt + completion
     ids, target = _encode_spans(text, [(len(prompt), len(text))], tokenizer)
     return _framed(ids, target, tokenizer)
 
 
 def _framed(ids: list[int], target: npt.NDArray[np.bool_], tokenizer: Any) -> Document:
-    """Put the BOS in front where this tokenizer does so, and EOS behind: where a text ends is to be learnt too."""
+    """BOS in front where this tokenizer puts one; EOS behind: the end is to be learnt too."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     has_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     before = [bos] if has_bos and ids[:1] != [bos] else []
@@ -163,22 +164,22 @@ def _encode_spans(
     starts, ends = np.asarray(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2).T
     target = np.zeros(len(starts), dtype=np.bool_)
     for low, high in spans:
-        # A token that begins in the prompt and ends in the answer holds part of the answer: it counts. An empty
-        # token (trimmed white space) belongs to where it stands.
+        # A token that begins in the prompt and ends in the answer holds part of the answer: it
+        # counts. An empty token (trimmed white space) belongs to where it stands.
         target |= (starts < high) & ((ends > low) | (starts >= low))
     return encoded.input_ids, target
 
 
-# -- chat ------------------------------------------------------------------------------------------------------
+# -- chat ------------------------------------------------------------------------------------------
 
 
 def encode_chat(
     messages: list[dict[str, Any]], tokenizer: Any, loss_on: str, where: str
 ) -> Document:
-    """A conversation through the tokenizer's chat template; loss on assistant turns, or on everything.
+    """A conversation through the chat template; loss on assistant turns, or on everything.
 
-    A template that marks its answers with ``{% generation %}`` is believed. Otherwise an assistant turn is what
-    rendering it adds to the prompt that would have asked for it.
+    A template that marks its answers with ``{% generation %}`` is believed. Otherwise an assistant
+    turn is what rendering it adds to the prompt that would have asked for it.
     """
     template = tokenizer.chat_template
     if not template:
@@ -221,7 +222,7 @@ def _render(
 def _turn_span(
     messages: list[dict[str, Any]], index: int, text: str, tokenizer: Any, where: str
 ) -> Span:
-    """The characters of ``text`` that assistant message ``index`` must produce, its end-of-turn token included."""
+    """The characters of ``text`` that message ``index`` must produce, end-of-turn included."""
     if index == 0:
         asked = ""  # a conversation that the assistant opens: few templates render an empty prompt
     else:
@@ -232,7 +233,7 @@ def _turn_span(
             f"{where}: this chat template rewrites earlier turns, so the answers cannot be located: use a template "
             "with {% generation %} marks, one answer per conversation, or --loss-on all"
         )
-    # What follows the end-of-turn token (a line break, say) is never generated: generation stops at the token.
+    # What follows the end-of-turn token (a line break, say) is never generated.
     stop = tokenizer.eos_token
     end = (
         answered.rfind(stop, len(asked)) + len(stop)

@@ -1,4 +1,4 @@
-"""The two ways a run ends badly. The command line prints the message alone and exits with ``exit_code``."""
+"""The two ways a run ends badly. The command line prints the message and exits by the code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RunError(FineTuneError):
 
 
 class Interrupted(RunError):
-    """A signal stopped the run after its state was saved. ``exit_code`` is 128 + the signal's number."""
+    """A signal stopped the run, its state saved. ``exit_code`` is 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

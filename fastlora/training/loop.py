@@ -30,18 +30,19 @@ from .packing import IGNORED, Batch, BatchOrder, Block, collate
 from .report import RunLog
 from .schedule import Horizon, lr_factor
 
+SAVED = "everything is saved, --resume continues"
 MAX_SKIPPED = 20  # fp16 steps in a row that overflowed before it is called divergence
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop at the next safe point; the second acts at once."""
+    """The first SIGINT or SIGTERM asks to stop at the next safe point; the second acts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @contextlib.contextmanager
     def listening(self, tell: Callable[[str], None]) -> Iterator[StopRequest]:
-        """Listen for the time of the block (only the main thread can; elsewhere this does nothing)."""
+        """Listen during the block. Only the main thread can; elsewhere this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -86,7 +87,7 @@ def mean_loss(
     pad_id: int,
     progress: Callable[[float], None] = lambda done: None,
 ) -> float:
-    """Mean loss per target token over ``blocks`` (nats); its exponential is the perplexity. Draws nothing random."""
+    """Mean loss per target token over ``blocks``, in nats; draws nothing random."""
     was_training = lm.model.training
     lm.model.eval()
     total, targets = 0.0, 0
@@ -100,7 +101,7 @@ def mean_loss(
 
 
 class Trainer:
-    """AdamW over the trainable parameters of one model. ``step``, ``seconds`` and ``tokens`` count what is done."""
+    """AdamW on one model's trainable parameters; counts its ``step``, ``seconds``, ``tokens``."""
 
     def __init__(
         self,
@@ -114,21 +115,15 @@ class Trainer:
         display: Display,
         stop: StopRequest,
     ) -> None:
-        self.lm, self.blocks, self.config, self.device, self.pad_id = (
-            lm,
-            blocks,
-            config,
-            device,
-            pad_id,
-        )
+        self.lm, self.blocks, self.config = lm, blocks, config
+        self.device, self.pad_id = device, pad_id
         self.log, self.display, self.stop = log, display, stop
         self.parameters = {name: p for name, p in lm.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise InputError("nothing to train: the adapter has no trainable parameter")
+        # Biases and norms are not decayed.
         decayed = [p for p in self.parameters.values() if p.ndim > 1]
-        plain = [
-            p for p in self.parameters.values() if p.ndim <= 1
-        ]  # biases and norms are not decayed
+        plain = [p for p in self.parameters.values() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": config.weight_decay},
@@ -145,17 +140,58 @@ class Trainer:
             min(steps, config.max_steps or steps),
             config.max_minutes * 60 if config.max_minutes else None,
         )
+        # On a GPU torch takes a mere warning for leave to run attention's usual backward.
+        self.strict = device.type == "cuda"
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.skipped = 0
         self.saved_step = -1
 
-    # -- one step ----------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _deterministic(self) -> Iterator[None]:
+        """torch's deterministic kernels for the time of the block, as far as the model has them.
+
+        fastlora's own are always so; attention's backward and others have to be asked.
+        """
+        was = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        memory: Any = torch.utils.deterministic
+        fill = memory.fill_uninitialized_memory
+        memory.fill_uninitialized_memory = False  # a debugging aid that costs bandwidth
+        torch.use_deterministic_algorithms(True, warn_only=not self.strict)
+        try:
+            if self.strict:
+                self._try_determinism()
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was, warn_only=warn_only)
+            memory.fill_uninitialized_memory = fill
+
+    def _try_determinism(self) -> None:
+        """Try one block; a model with an op that has no deterministic kernel goes without.
+
+        Leaves gradients, parameters and random states as they were.
+        """
+        tensors, words = rng_state()
+        try:
+            batch = collate([self.blocks[self.order(self.step)[0]]], self.pad_id)
+            summed_loss(self.lm, batch, self.device).backward()
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            reason = str(error).splitlines()[0]
+            self.display.warn(f"{reason} A resumed run may differ in the last digits")
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            set_rng_state(tensors, words)
+
+    # -- one step ----------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over ``batch_size * grad_accumulation`` blocks; returns its log entry.
 
-        The loss is the mean over all target tokens of the step, however they fall into micro-batches. Parameters
-        change only when loss and gradient are finite.
+        The loss is the mean over all target tokens of the step, however they fall into
+        micro-batches. Parameters change only when loss and gradient are finite.
         """
         start = time.perf_counter()
         config = self.config
@@ -180,9 +216,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             list(self.parameters.values()), config.grad_clip if config.grad_clip > 0 else math.inf
         )
-        loss_value, norm_value = torch.stack(
-            [total, norm.to(total)]
-        ).tolist()  # the step's one synchronisation
+        # The step's one synchronisation.
+        loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()
         self._check_finite(loss_value, norm_value)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -222,33 +257,34 @@ class Trainer:
             "a smaller --grad-clip, --dtype float32 (or bfloat16), and look for odd records in the data"
         )
 
-    # -- the run -----------------------------------------------------------------------------------------------
+    # -- the run -----------------------------------------------------------------------------------
 
     def run(self, save: Callable[[], None], evaluate: Callable[[], None]) -> None:
         """Train to the horizon; ``save`` and ``evaluate`` are called when their time has come.
 
-        Raises ``Interrupted`` after saving when a signal came, ``RunError`` when the loss or gradient is not finite.
+        Raises ``Interrupted`` after saving when a signal came, ``RunError`` when the loss or
+        gradient is not finite.
         """
         self.lm.model.train()
         self.display.start("training")
-        while not self.finished:
-            entry = self.train_step()
-            self.log.add(entry)
-            self._show(entry)
-            if (
-                self.config.eval_every
-                and self.step % self.config.eval_every == 0
-                and not self.finished
-            ):
-                evaluate()
-            if self.stop.signal is not None:
-                save()
-                self.stop.check(
-                    f"stopped at step {self.step}; everything is saved, --resume continues"
-                )
-            if self.config.save_every and self.step % self.config.save_every == 0:
-                save()
+        with self._deterministic() if self.config.deterministic else contextlib.nullcontext():
+            while not self.finished:
+                entry = self.train_step()
+                self.log.add(entry)
+                self._show(entry)
+                self._due(save, evaluate)
         self.display.stop()
+
+    def _due(self, save: Callable[[], None], evaluate: Callable[[], None]) -> None:
+        """What falls due after a step."""
+        every = self.config.eval_every
+        if every and self.step % every == 0 and not self.finished:
+            evaluate()
+        if self.stop.signal is not None:
+            save()
+            self.stop.check(f"stopped at step {self.step}; {SAVED}")
+        if self.config.save_every and self.step % self.config.save_every == 0:
+            save()
 
     @property
     def finished(self) -> bool:
@@ -262,10 +298,10 @@ class Trainer:
         done = 1.0 if self.finished else self.seconds / (self.seconds + left)
         self.display.update(self.step, entry["loss"], entry["tokens_per_second"], done, left)
 
-    # -- state ---------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def save(self, root: Path, extra: dict[str, Any]) -> Path:
-        """Write a checkpoint of everything the next step depends on; ``extra`` (JSON) travels with it."""
+        """Checkpoint everything the next step depends on; ``extra`` (JSON) travels with it."""
         self.log.sync()
         optimizer, optimizer_state = optimizer_tensors(self.optimizer)
         rng, rng_words = rng_state()
@@ -288,7 +324,7 @@ class Trainer:
         return path
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from ``checkpoint``: the next step is bit for bit the one the saved run would have taken."""
+        """Continue from ``checkpoint``: the next step is bit for bit the saved run's next."""
         saved = checkpoint.tensors["parameters"]
         wrong = {
             name

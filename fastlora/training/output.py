@@ -1,4 +1,4 @@
-"""The output directory of a run: whose it is, what it holds, whether a resume continues the same computation."""
+"""The output directory of a run: whose it is, what it holds, what a resume may continue."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class OutputDirectory:
             raise InputError("--resume must continue the same run, but " + "; ".join(changed))
 
     def claim(self, facts: dict[str, Any], resume: bool) -> None:
-        """Make the directory this run's: clear an earlier run's files (not on a resume), write ``run.json``."""
+        """Make the directory this run's: clear an earlier run (not on a resume), note this one."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not resume:
@@ -98,7 +98,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def run_facts(config: FinetuneConfig) -> dict[str, Any]:
-    """What a run is, for ``run.json``: options, digests of the data, the model's files, versions."""
+    """What a run is, for ``run.json``: options, the data's digests, model files, versions."""
     files = {"data": config.data, "eval_data": config.eval_data}
     return {
         "config": config.to_json(),

@@ -1,8 +1,9 @@
-"""Documents to blocks of a fixed length, blocks to batches, and the split into training and held-out parts.
+"""Documents to blocks of a fixed length, blocks to batches, and the held-out split.
 
-A block is a tuple of segments; a segment is a document, or a piece of one that is longer than a block. Every
-segment's positions start at 0: models that build their mask from ``position_ids`` then keep the segments of a block
-apart (block-diagonal attention), and the loss never asks a segment for the first token of the next.
+A block is a tuple of segments; a segment is a document, or a piece of one that is longer than a
+block. Every segment's positions start at 0: models that build their mask from ``position_ids`` then
+keep the segments of a block apart (block-diagonal attention), and the loss never asks a segment for
+the first token of the next.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ IGNORED = -100  # torch's own ignore_index
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors int64 [rows, length]. ``labels`` stand where their token stands (not shifted), IGNORED elsewhere."""
+    """Tensors int64 [rows, length]; ``labels`` are not shifted, IGNORED where nothing is asked."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -35,7 +36,7 @@ class Batch:
 
 
 def cut(documents: Sequence[Document], seq_length: int) -> list[Document]:
-    """Documents as segments of at most ``seq_length`` tokens, in order, no token lost or repeated."""
+    """Documents as segments of at most ``seq_length`` tokens, in order, no token lost."""
     return [
         document.cut(start, start + seq_length)
         for document in documents
@@ -44,7 +45,7 @@ def cut(documents: Sequence[Document], seq_length: int) -> list[Document]:
 
 
 def with_targets(segments: Sequence[Document]) -> list[Document]:
-    """The segments that carry loss. The first token of a segment has nothing before it, so it carries none."""
+    """The segments that carry loss; a first token, with nothing before it, carries none."""
     return [segment for segment in segments if segment.target[1:].any()]
 
 
@@ -60,9 +61,10 @@ def limit(segments: Sequence[Document], max_tokens: int) -> list[Document]:
 
 
 def pack(segments: Sequence[Document], seq_length: int) -> list[Block]:
-    """Best-fit decreasing: the longest segment first, each into the fullest block that still has room.
+    """Best-fit decreasing: the longest first, each into the fullest block that has room.
 
-    Each segment lands in exactly one block, whole. Deterministic. O(n log n) but for the sorted list's insertions.
+    Each segment lands in exactly one block, whole. Deterministic. O(n log n) but for the sorted
+    list's insertions.
     """
     order = sorted(range(len(segments)), key=lambda i: (-len(segments[i]), i))
     blocks: list[list[Document]] = []
@@ -84,8 +86,9 @@ def pack(segments: Sequence[Document], seq_length: int) -> list[Block]:
 def collate(blocks: Sequence[Block], pad_id: int, length: int | None = None) -> Batch:
     """Rows of one length: ``length``, or that of the longest block.
 
-    Padding sits at the end and continues the last segment's positions: causal attention hides it from every real
-    token, and a block of one segment keeps the plain causal mask (the fast path of every attention kernel).
+    Padding sits at the end and continues the last segment's positions: causal attention hides it
+    from every real token, and a block of one segment keeps the plain causal mask (the fast path of
+    every attention kernel).
     """
     width = length if length is not None else max(sum(map(len, block)) for block in blocks)
     ids = np.full((len(blocks), width), pad_id, dtype=np.int64)
@@ -105,7 +108,7 @@ def collate(blocks: Sequence[Block], pad_id: int, length: int | None = None) -> 
 def hold_out(
     units: Sequence[Document], fraction: float, max_tokens: int, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """``(training, held out)``, chosen by ``seed``: about ``fraction`` of the tokens, at most ``max_tokens``.
+    """``(training, held out)`` by ``seed``: about ``fraction`` of the tokens, not over ``max_tokens``.
 
     Units are held out whole, at least one, and at least one stays to train on.
     """
@@ -122,7 +125,7 @@ def hold_out(
 
 
 class BatchOrder:
-    """Which blocks step ``k`` takes: a new permutation each epoch, a function of ``seed`` and ``k`` alone.
+    """Which blocks step ``k`` takes: permuted anew each epoch, by ``seed`` and ``k`` alone.
 
     Nothing to save for a resume, and nothing that the number of steps already taken could disturb.
     """

@@ -11,7 +11,7 @@ from typing import Any
 from ..io.checkpoint import replace_file
 
 Entry = dict[str, Any]
-SMOOTHING_SHARE = 0.05  # the smoothed curve averages over about this share of the run
+SMOOTHING_SHARE = 0.1  # the smoothed curve averages over about this share of the run
 
 
 def json_line(values: Any) -> str:
@@ -35,7 +35,7 @@ def write_json(path: Path, values: Any) -> None:
 class RunLog:
     """``log.jsonl``: one object a line, each with its ``step``; written as it happens.
 
-    A disk that is full does not stop a run for its log: lines wait in memory and go out with the next that can.
+    A full disk does not stop a run for its log: lines wait in memory for the next that fits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +45,7 @@ class RunLog:
         self._size = 0
 
     def resume(self, step: int) -> None:
-        """Take over the lines of an earlier run up to ``step``; what it logged after its checkpoint happens again."""
+        """Take over an earlier run's lines up to ``step``; what came later happens again."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         for line in lines:
             try:
@@ -115,7 +115,7 @@ def plot_curve(entries: list[Entry], path: Path, title: str) -> None:
     ]
     if held_out:
         steps, losses = zip(*held_out, strict=True)
-        axes.plot(steps, losses, "o-", color="tab:orange", label="held-out loss")
+        axes.plot(steps, losses, "o--", color="tab:orange", label="held-out loss")
         for step, loss in held_out:
             axes.annotate(
                 f"ppl {math.exp(min(loss, 700.0)):.4g}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,57 +34,48 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Summary:
-    """Fine-tune a local causal language model on a text or JSONL file; see ``FinetuneConfig`` for the options.
+    """Fine-tune a local causal language model on a file; ``FinetuneConfig`` has the options.
 
-    Writes to ``config.output``: the adapter in PEFT's layout, checkpoints, log, loss curve and summary. With
-    ``resume`` it continues that directory's run from its newest valid checkpoint, to the losses the run would have
-    had. ``overwrite`` replaces what an earlier run left there. Raises ``InputError`` before anything is written,
-    ``RunError`` (``Interrupted`` for a signal) once it has begun; what was saved by then stays.
+    Writes to ``config.output``: the adapter in PEFT's layout, checkpoints, log, loss curve and
+    summary. With ``resume`` it continues that directory's run from its newest valid checkpoint, to
+    the losses the run would have had. ``overwrite`` replaces what an earlier run left there. Raises
+    ``InputError`` before anything is written, ``RunError`` (``Interrupted`` for a signal) once it
+    has begun; what was saved by then stays.
     """
     from rich.console import Console
 
     config.validate()
     device = base.pick_device(config.device)
+    if device.type == "cpu":
+        base.share_cpu()
+    elif config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     display = Display(console or Console(), device)
     try:
-        with _computing(config):
+        with _preferring(config.backend):
             return _run(config, device, display, resume, overwrite)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _out_of_memory(error):
             raise
         raise RunError(
             f"out of memory on {device}. Try a lower --batch-size (with more --grad-accumulation), a lower "
             "--seq-length, or --gradient-checkpointing; what was saved before stays"
         ) from error
+    except OSError as error:
+        raise RunError(
+            f"writing to {config.output} failed: {error}. What was saved before stays; --resume continues from there"
+        ) from error
     finally:
         display.stop()
+
+
+def _preferring(backend: str) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if backend == "auto" else fastlora.backend(backend)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
     # torch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def _computing(config: FinetuneConfig) -> Iterator[None]:
-    """The backend and determinism of a run, put back afterwards."""
-    was = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    fill = memory.fill_uninitialized_memory
-    with contextlib.ExitStack() as stack:
-        if config.backend != "auto":
-            stack.enter_context(fastlora.backend(config.backend))
-        if config.deterministic:
-            # cuBLAS must be told before it starts; ops without a deterministic form go on (warn_only).
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            memory.fill_uninitialized_memory = False  # a debugging aid that costs bandwidth
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(was, warn_only=warn_only)
-            memory.fill_uninitialized_memory = fill
 
 
 def _run(
@@ -136,8 +126,12 @@ def _adapt(model: Any, config: FinetuneConfig, data: Data) -> fastlora.PeftModel
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise InputError(f"--gradient-checkpointing: {name} does not support it")
-        # The reentrant kind needs an input that requires grad, which a frozen embedding does not give.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The reentrant kind needs an input that requires grad; a frozen embedding gives none.
+        kind = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
     _seed(config.seed)  # loading may draw; the adapter's initial values depend on the seed alone
     try:
         lora = fastlora.LoraConfig(
@@ -159,7 +153,7 @@ def _adapt(model: Any, config: FinetuneConfig, data: Data) -> fastlora.PeftModel
 
 
 def _target_modules(wanted: str, model: torch.nn.Module) -> str | list[str]:
-    """``--target-modules`` as LoraConfig takes it; every name must exist, so that a typing error is not ignored."""
+    """``--target-modules`` as LoraConfig takes it; every name must exist: no typo is ignored."""
     if wanted == "all-linear":
         return wanted
     if wanted.startswith("regex:"):

@@ -1,4 +1,4 @@
-"""Sampling text from a model, the same way before and after training, with and without an adapter."""
+"""Sampling text from a model: one way before and after training, with and without adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens: greedily, or at a temperature from the ``top_p`` nucleus (Holtzman et al. 2020)."""
+    """Greedy, or at a temperature from the ``top_p`` nucleus (Holtzman et al. 2020)."""
 
     max_new_tokens: int = 128
     temperature: float = 0.8
@@ -49,9 +49,9 @@ def encode_prompt(prompt: str, tokenizer: Any, chat: bool) -> torch.Tensor:
 
 
 def generate(model: Any, tokenizer: Any, ids: torch.Tensor, sampling: Sampling) -> str:
-    """The continuation of ``ids`` (without them). The same seed gives the same draw; global generators are kept."""
+    """The continuation of ``ids``, without them. Global generators are left as they were."""
     device = next(model.parameters()).device
-    # Every generation setting is given: a model's generation_config.json must not make two models differ here.
+    # Every setting is given: generation_config.json must not make two models differ here.
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if not sampling.greedy:
         choice = {

@@ -12,7 +12,7 @@ WARMUP_START = (
 
 @dataclass(frozen=True)
 class Horizon:
-    """The end of a run: a number of optimizer steps, and optionally a number of seconds, whichever comes first."""
+    """The end of a run: so many optimizer steps or, if given, seconds, whichever comes first."""
 
     max_steps: int
     max_seconds: float | None = None
@@ -20,8 +20,8 @@ class Horizon:
     def progress(self, step: int, seconds: float) -> float:
         """Where in [0, 1] step ``step`` (from 0) stands, ``seconds`` after the start.
 
-        By steps alone this depends on nothing else, so a resumed run sees the same learning rates. With a time
-        limit the clock decides as soon as it is ahead of the step count.
+        By steps alone this depends on nothing else, so a resumed run sees the same learning rates.
+        With a time limit the clock decides as soon as it is ahead of the step count.
         """
         by_steps = (step + 0.5) / self.max_steps  # the middle of the step: never 0, never 1
         by_time = seconds / self.max_seconds if self.max_seconds is not None else 0.0
@@ -40,8 +40,8 @@ class Horizon:
 def lr_factor(progress: float, warmup: float, schedule: str = "cosine") -> float:
     """The learning rate's factor in (0, 1] at ``progress`` in [0, 1].
 
-    Linear from ``WARMUP_START`` to 1 over the first ``warmup`` share of the run, then ``"cosine"`` (half a
-    period, 1 to 0: Loshchilov and Hutter 2017, without restarts) or ``"constant"``.
+    Linear from ``WARMUP_START`` to 1 over the first ``warmup`` share of the run, then ``"cosine"``
+    (half a period, 1 to 0: Loshchilov and Hutter 2017, without restarts) or ``"constant"``.
     """
     if progress < warmup:
         return WARMUP_START + (1.0 - WARMUP_START) * progress / warmup

@@ -20,7 +20,7 @@ from .blocks import Data
 from .config import FinetuneConfig
 from .display import Display, clock, peak_memory
 from .errors import RunError
-from .loop import StopRequest, Trainer, mean_loss
+from .loop import SAVED, StopRequest, Trainer, mean_loss
 from .output import OutputDirectory
 from .report import RunLog, plot_curve, write_json
 from .sample import Sampling, encode_prompt, generate
@@ -30,7 +30,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run amounts to; ``summary.json`` holds the same. Perplexities are per token, on held-out text."""
+    """A finished run, as in ``summary.json``. Perplexities are per token, on held-out text."""
 
     perplexity_before: float
     perplexity_after: float
@@ -127,16 +127,10 @@ class Session:
 
         def progress(done: float) -> None:
             self.display.advance(done)
-            saved = (
-                "everything is saved, --resume continues"
-                if self.trainer.step
-                else "nothing was trained yet"
-            )
-            if self.trainer.step in (
-                0,
-                self.trainer.saved_step,
-            ):  # else the loop stops at its own safe point
-                self.stop.check(f"stopped while evaluating {when}; {saved}")
+            if self.trainer.step == 0:
+                self.stop.check("stopped before the first step: nothing was trained yet")
+            elif self.trainer.step == self.trainer.saved_step:  # else the loop stops, and saves
+                self.stop.check(f"stopped while evaluating {when}; {SAVED}")
 
         loss = mean_loss(
             self.lm, self.data.held_out, self.config.batch_size, self.device, self.pad_id, progress
@@ -165,7 +159,7 @@ class Session:
         return generate(self.lm.model, self.tokenizer, ids, sampling)
 
     def _save(self, final: bool = False) -> None:
-        """Checkpoint and adapter of this step. A full disk ends nothing before the end: the state is in memory."""
+        """Checkpoint and adapter of this step. Before the end, a full disk stops nothing."""
         step = self.trainer.step
         try:
             if self.trainer.saved_step != step:
@@ -218,7 +212,6 @@ class Session:
             sample_before=self.sample_before,
             sample_after=self._sample(),
         )
-        write_json(out.summary, dataclasses.asdict(summary))
         say = self.display.say
         say(f"held-out perplexity after: {summary.perplexity_after:.2f}")
         say(
@@ -230,6 +223,7 @@ class Session:
             say(
                 f"\nsample before: {prompt}{summary.sample_before}\n\nsample after: {prompt}{summary.sample_after}\n"
             )
+        write_json(out.summary, dataclasses.asdict(summary))
         say(f"adapter: {summary.adapter}\ncurve:   {summary.curve}\nlog:     {summary.log}")
         return summary
 

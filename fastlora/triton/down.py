@@ -6,6 +6,7 @@ blocks to fill the GPU: then fp32 partials [splits, M, r] are summed in order by
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .._counters import count
 from . import launch
+from .dot import dot_add, lost_bits
 from .mask import keep_tile
 
 
@@ -40,6 +42,7 @@ def _down_kernel(
     l_rows = l + r.to(tl.int64)[None, :] * stride_lr
     live = (r < R)[None, :]
     acc = tl.zeros((BM, BR), tl.float32)
+    lost = lost_bits(acc, x.dtype.element_ty)
     for k0 in range(begin, end, BK):
         cols = (k0 + k).to(tl.int64)
         if EVEN_K:
@@ -54,7 +57,7 @@ def _down_kernel(
             )
         if MASK:
             x_tile = tl.where(keep_tile(words, row0, k0, M, pitch, BM, BK), x_tile, 0.0)
-        acc = tl.dot(x_tile, l_tile.to(x_tile.dtype), acc, input_precision=PRECISION)
+        acc, lost = dot_add(x_tile, l_tile.to(x_tile.dtype), acc, lost, PRECISION)
 
     if SCALING:
         scale = scale * tl.load(scaling).to(tl.float32)
@@ -85,6 +88,7 @@ class DownTile:
     splits: int
 
 
+@functools.cache
 def tile_for(
     m: int, k: int, rank: int, dtype: torch.dtype, masked: bool, device: torch.device
 ) -> DownTile:
@@ -93,7 +97,7 @@ def tile_for(
     if launch.interpreting():
         tile = DownTile(bm=16, bk=32, br=min(br, 32), warps=4, stages=1, splits=1)
     elif dtype is torch.float32:
-        tile = DownTile(bm=32, bk=64, br=min(br, 64), warps=4, stages=3, splits=1)
+        tile = DownTile(bm=32, bk=64, br=min(br, 32), warps=4, stages=3, splits=1)
     elif br > 64:
         tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=3, splits=1)
     elif masked:  # smaller row blocks: expanding the mask takes registers
@@ -102,7 +106,7 @@ def tile_for(
         tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=5 if br == 16 else 4, splits=1)
     if m <= 16:
         tile = replace(tile, bm=16)
-    ctas = triton.cdiv(m, tile.bm) * triton.cdiv(rank, tile.br)
+    ctas = launch.cdiv(m, tile.bm) * launch.cdiv(rank, tile.br)
     splits = launch.multiprocessors(device) // max(ctas, 1)
     if not launch.interpreting():  # a run of K shorter than four steps is not worth a second launch
         splits = min(splits, k // (4 * tile.bk), 32)
@@ -126,17 +130,26 @@ def down(
     run, splits = launch.split_evenly(k, tile.bk, tile.splits)
     h = x.new_empty(m, rank)
     target = h if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
-    with launch.on_device(x.device):
-        _down_kernel[(triton.cdiv(m, tile.bm), triton.cdiv(rank, tile.br), splits)](
+    launch.run(
+        _down_kernel,
+        (launch.cdiv(m, tile.bm), launch.cdiv(rank, tile.br), splits),
+        x.device,
+        (
             x, l, target, scaling, words,
             m, k, rank, *x.stride(), *l.stride(), m * rank, rank,
             scale, run, 0 if words is None else words.shape[1],
+        ),
+        dict(
             BM=tile.bm, BK=tile.bk, BR=tile.br,
             EVEN_K=k % tile.bk == 0, MASK=words is not None, SCALING=scaling is not None,
             PRECISION=launch.input_precision(x.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        if splits > 1:
-            _sum_kernel[(triton.cdiv(m * rank, 1024),)](target, h, m * rank, splits, BLOCK=1024)
+        ),
+        tile.warps,
+        tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        numel = m * rank
+        grid = (launch.cdiv(numel, 1024),)
+        launch.run(_sum_kernel, grid, x.device, (target, h, numel, splits), dict(BLOCK=1024), 4, 1)
     count("down", "triton")
     return h

@@ -10,6 +10,7 @@ accumulator starts from mask * (h l^T) and the main loop adds to it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._counters import count
 from . import launch
+from .dot import dot_add, lost_bits
 from .mask import keep_tile
 
 
@@ -57,14 +59,16 @@ def _gemm_kernel(
     M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
     stride_hm, stride_hr, stride_ln, stride_lr, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr,
-    GROUP: tl.constexpr, SMS: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
     LOW_RANK: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, HALVES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     group_size = GROUP * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, SMS, flatten=TMA and not LOW_RANK):
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TMA and not LOW_RANK
+    ):
         # Tiles in groups of GROUP block rows: what runs at once shares its operands in L2.
         first_m = tile // group_size * GROUP
         height = tl.minimum(tiles_m - first_m, GROUP)
@@ -83,6 +87,7 @@ def _gemm_kernel(
             acc = _more_rank(acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
                              BM, BN, BR, RP, PRECISION)  # fmt: skip
             acc = tl.where(keep_tile(words, row0, col0, M, pitch, BM, BN), acc, 0.0)
+        lost = lost_bits(acc, DTYPE)
         for k0 in range(0, K, BK):
             if TMA:
                 x_tile = x.load([row0, k0])
@@ -90,7 +95,7 @@ def _gemm_kernel(
             else:
                 x_tile = _load_tile(x, row0, k0, M, K, stride_xm, stride_xk, BM, BK, EVEN)
                 w_tile = _load_tile(w, k0, col0, K, N, stride_wk, stride_wn, BK, BN, EVEN)
-            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            acc, lost = dot_add(x_tile, w_tile, acc, lost, PRECISION)
         if LOW_RANK and not MASK:
             acc = tl.dot(h_tile, l_tile, acc, input_precision=PRECISION)
             acc = _more_rank(acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
@@ -127,34 +132,28 @@ class GemmTile:
     stages: int
     group: int = 16
     halves: bool = False  # store the tile in two halves (descriptor path)
-    br: int = 32  # largest rank block
+    br: int = 16  # rank block
 
 
-def tile_for(m: int, dtype: torch.dtype, low_rank: bool, device: torch.device) -> GemmTile:
-    """The tile for a problem, by arch and rows."""
+@functools.cache
+def tile_for(m: int, rank: int, dtype: torch.dtype, device: torch.device) -> GemmTile:
+    """The tile for a problem, by arch, rows and rank."""
     if launch.interpreting():
-        return GemmTile(32, 32, 32, warps=4, stages=1, group=2, halves=m > 64, br=16)
+        return GemmTile(32, 32, 32, warps=4, stages=1, group=2, halves=m > 64)
     major, minor = launch.capability(device)
-    roomy = (major, minor) in (
-        (8, 0),
-        (9, 0),
-        (10, 0),
-        (10, 3),
-    )  # 160 KB of shared memory a CTA and more
+    roomy = (major, minor) in ((8, 0), (9, 0), (10, 0), (10, 3))  # 160 KB of shared memory a CTA
     if dtype is torch.float32:
         return GemmTile(64, 64, 32, warps=4, stages=3)
     if m <= 64:
-        return GemmTile(
-            launch.pick(m, (16, 32, 64)),
-            64,
-            128 if roomy else 64,
-            warps=4,
-            stages=4 if roomy else 3,
-        )
+        rows = launch.pick(m, (16, 32, 64))
+        return GemmTile(rows, 64, 128 if roomy else 64, warps=4, stages=4 if roomy else 3)
     if m <= 512:
         return GemmTile(64, 128, 64, warps=4, stages=4 if roomy else 3)
     if major >= 9 and roomy:
-        return GemmTile(128, 256, 64, warps=8, stages=3, halves=not low_rank)
+        # The first rank block waits in shared memory beside three 48 KB stages and the staging of y: with more than
+        # 16 ranks y is staged in halves. Without a low-rank term halves were measured faster anyway.
+        br = 16 if rank <= 16 else 32
+        return GemmTile(128, 256, 64, warps=8, stages=3, halves=rank == 0 or br > 16, br=br)
     return GemmTile(128, 128, 64 if roomy else 32, warps=8 if roomy else 4, stages=3)
 
 
@@ -175,9 +174,7 @@ def gemm(
         return y
     rank = h.shape[1] if h is not None and l is not None else 0
     low_rank = rank > 0
-    tile = tile or tile_for(m, x.dtype, low_rank, x.device)
-    block_rank = min(launch.pick(rank, (16, 32, 64)), tile.br)
-    mask = low_rank and words is not None
+    tile = tile or tile_for(m, rank, x.dtype, x.device)
 
     k_major = w.stride(1) == 1
     w_rows = w if k_major else w.t()
@@ -194,20 +191,26 @@ def gemm(
             TensorDescriptor.from_tensor(w_rows, w_block),
             TensorDescriptor.from_tensor(y, [tile.bm, tile.bn // 2 if tile.halves else tile.bn]),
         )
-    ctas = min(launch.multiprocessors(x.device), triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn))
-    with launch.on_device(x.device):
-        _gemm_kernel[(ctas,)](
+    ctas = min(launch.multiprocessors(x.device), launch.cdiv(m, tile.bm) * launch.cdiv(n, tile.bn))
+    launch.run(
+        _gemm_kernel,
+        (ctas,),
+        x.device,
+        (
             *operands, h, l, bias, words,
             m, n, k, rank, *x.stride(), *w.stride(), y.stride(0),
             *(h.stride() if h is not None else (0, 0)), *(l.stride() if l is not None else (0, 0)),
             0 if words is None else words.shape[1],
-            BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=block_rank, RP=triton.cdiv(rank, block_rank) * block_rank,
-            GROUP=tile.group, SMS=ctas, TMA=tma, W_K_MAJOR=k_major,
+        ),
+        dict(
+            BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=tile.br, RP=launch.cdiv(rank, tile.br) * tile.br,
+            GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
             EVEN=m % tile.bm == 0 and n % tile.bn == 0 and k % tile.bk == 0,
-            LOW_RANK=low_rank, MASK=mask, BIAS=bias is not None, HALVES=tile.halves,
-            DTYPE=_TL_DTYPE[x.dtype],
-            PRECISION=launch.input_precision(x.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            LOW_RANK=low_rank, MASK=low_rank and words is not None, BIAS=bias is not None, HALVES=tile.halves,
+            DTYPE=_TL_DTYPE[x.dtype], PRECISION=launch.input_precision(x.dtype),
+        ),
+        tile.warps,
+        tile.stages,
+    )  # fmt: skip
     count("gemm", "triton")
     return y

@@ -1,12 +1,12 @@
-"""What every Triton launcher needs: the tensor's own device, its size, fp32 precision, descriptor rules."""
+"""What every Triton launcher needs: the launch itself, the device and its size, fp32 precision, descriptor rules."""
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.support import interpreting
@@ -26,7 +26,47 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def on_device(device: torch.device) -> AbstractContextManager[object]:
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _kind(argument: object) -> object:
+    """What Triton specialises a kernel on: an argument's type, and whether 16 divides it or it is one."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument < 2**31
+    return type(argument)
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+) -> None:
+    """Launch on ``device``'s current stream. ``constants`` name the kernel's constexprs, in its order, at its end.
+
+    Triton binds and specialises its arguments in Python at every launch, which takes as long as a small kernel. So the
+    compiled kernel of a specialisation is kept and launched directly.
+    """
+    with _on_device(device):
+        if interpreting():
+            kernel[grid](*arguments, **constants)
+            return
+        key = (kernel, device.index, warps, stages, *constants.values(), *map(_kind, arguments))
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = kernel[grid](
+                *arguments, **constants, num_warps=warps, num_stages=stages
+            )
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
@@ -50,6 +90,11 @@ def describable(t: Tensor) -> bool:
     return pitch % 16 == 0 and t.stride(0) >= cols and max(rows, cols) < 2**31 and pitch < 2**40
 
 
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). triton.cdiv is made for kernels and costs microseconds on the host."""
+    return -(-a // b)
+
+
 def pick(value: int, ladder: tuple[int, ...]) -> int:
     """The smallest rung that holds ``value``, or the last."""
     return next((rung for rung in ladder if value <= rung), ladder[-1])
@@ -57,18 +102,19 @@ def pick(value: int, ladder: tuple[int, ...]) -> int:
 
 def split_evenly(length: int, block: int, parts: int) -> tuple[int, int]:
     """Cut ``length`` into at most ``parts`` runs of whole blocks: (run length, number of runs), none of them empty."""
-    blocks = triton.cdiv(length, block)
-    per_part = triton.cdiv(blocks, max(1, min(parts, blocks)))
-    return per_part * block, triton.cdiv(blocks, per_part)
+    blocks = cdiv(length, block)
+    per_part = cdiv(blocks, max(1, min(parts, blocks)))
+    return per_part * block, cdiv(blocks, per_part)
 
 
 __all__ = [
     "capability",
+    "cdiv",
     "describable",
     "input_precision",
     "interpreting",
     "multiprocessors",
-    "on_device",
     "pick",
+    "run",
     "split_evenly",
 ]

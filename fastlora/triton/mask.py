@@ -80,21 +80,14 @@ def _mask_kernel(words, rng_state, bump, rows, pitch, ROWS: tl.constexpr, WORDS:
 
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     """``reference.mask`` on Triton."""
-    pitch = triton.cdiv(cols, 32)
+    pitch = launch.cdiv(cols, 32)
     words = torch.empty(rows, pitch, dtype=torch.int32, device=rng_state.device)
     if words.numel() == 0:
         return words
     row_block, word_block = 4, 64
-    with launch.on_device(rng_state.device):
-        _mask_kernel[(triton.cdiv(rows, row_block), triton.cdiv(pitch, word_block))](
-            words,
-            rng_state,
-            KEEP_ALL - keep,
-            rows,
-            pitch,
-            ROWS=row_block,
-            WORDS=word_block,
-            num_warps=4,
-        )
+    grid = (launch.cdiv(rows, row_block), launch.cdiv(pitch, word_block))
+    arguments = (words, rng_state, KEEP_ALL - keep, rows, pitch)
+    constants = dict(ROWS=row_block, WORDS=word_block)
+    launch.run(_mask_kernel, grid, rng_state.device, arguments, constants, 4, 1)
     count("mask", "triton")
     return words

@@ -7,6 +7,7 @@ the result never depends on who finished first. CTAs below ``ctas_a`` work on dA
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .._counters import count
 from . import launch
+from .dot import dot_add, lost_bits
 from .mask import keep_tile
 
 
@@ -40,6 +42,7 @@ def _partial(
     v_cols = v + n.to(tl.int64)[None, :] * stride_vn
     u_cols = u + r.to(tl.int64)[None, :] * stride_ur
     acc = tl.zeros((BN, BR), tl.float32)
+    lost = lost_bits(acc, v.dtype.element_ty)
     bias_acc = tl.zeros((BN,), tl.float32)
     for m0 in range(begin, end, BM):
         m = m0 + tl.arange(0, BM)
@@ -51,7 +54,7 @@ def _partial(
             bias_acc += tl.sum(v_tile.to(tl.float32), axis=0)
         if MASK:
             v_tile = tl.where(keep_tile(words, m0, col0, M, pitch, BM, BN), v_tile, 0.0)
-        acc = tl.dot(v_tile.T, u_tile, acc, input_precision=PRECISION)
+        acc, lost = dot_add(v_tile.T, u_tile, acc, lost, PRECISION)
 
     here = partial + (tl.cast(split, tl.int64) * N + n)[:, None] * R + r[None, :]
     tl.store(here, acc, mask=(n < N)[:, None] & (r < R)[None, :])
@@ -62,7 +65,7 @@ def _partial(
 
 @triton.jit
 def _wgrad_kernel(
-    x, g, partial_a, dy, h, partial_b, bias_partial, words, ctas_a, run_a, run_b,
+    x, g, partial_a, dy, h, partial_b, bias_partial, words, ctas_a, run,
     M, K, N, R, stride_xm, stride_xk, stride_gm, stride_gr, stride_ym, stride_yn, stride_hm, stride_hr, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     DO_A: tl.constexpr, DO_B: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,11 +73,11 @@ def _wgrad_kernel(
     task = tl.program_id(0)
     if DO_A:
         if task < ctas_a:
-            _partial(x, g, partial_a, None, words, task, run_a, M, K, R, stride_xm, stride_xk, stride_gm,
+            _partial(x, g, partial_a, None, words, task, run, M, K, R, stride_xm, stride_xk, stride_gm,
                      stride_gr, pitch, BM, BN, BR, MASK, False, PRECISION)  # fmt: skip
     if DO_B:
         if task >= ctas_a:
-            _partial(dy, h, partial_b, bias_partial, None, task - ctas_a, run_b, M, N, R, stride_ym, stride_yn,
+            _partial(dy, h, partial_b, bias_partial, None, task - ctas_a, run, M, N, R, stride_ym, stride_yn,
                      stride_hm, stride_hr, 0, BM, BN, BR, False, BIAS, PRECISION)  # fmt: skip
 
 
@@ -107,18 +110,18 @@ def _sum_splits(
 
 @triton.jit
 def _reduce_kernel(
-    partial_a, d_a, partial_b, d_b, bias_partial, d_bias, blocks_a, K, N, R, splits_a, splits_b,
+    partial_a, d_a, partial_b, d_b, bias_partial, d_bias, blocks_a, K, N, R, splits,
     BN: tl.constexpr, BR: tl.constexpr, DO_A: tl.constexpr, DO_B: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     if DO_A:
         if block < blocks_a:
-            _sum_splits(partial_a, d_a, block, K, R, splits_a, 1, K, BN, BR)
+            _sum_splits(partial_a, d_a, block, K, R, splits, 1, K, BN, BR)
     if DO_B:
         if block >= blocks_a:
-            _sum_splits(partial_b, d_b, block - blocks_a, N, R, splits_b, R, 1, BN, BR)
+            _sum_splits(partial_b, d_b, block - blocks_a, N, R, splits, R, 1, BN, BR)
             if BIAS:
-                _sum_splits(bias_partial, d_bias, block - blocks_a, N, 1, splits_b, 1, 1, BN, 1)
+                _sum_splits(bias_partial, d_bias, block - blocks_a, N, 1, splits, 1, 1, BN, 1)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class WgradTile:
     ctas: int
 
 
+@functools.cache
 def tile_for(rank: int, dtype: torch.dtype, masked: bool, device: torch.device) -> WgradTile:
     """The tile for a rank and dtype."""
     br = launch.pick(rank, (16, 32, 64, 128))
@@ -140,7 +144,7 @@ def tile_for(rank: int, dtype: torch.dtype, masked: bool, device: torch.device) 
     if launch.interpreting():
         return WgradTile(bm=32, bn=32, br=min(br, 32), warps=4, stages=1, ctas=sms)
     if dtype is torch.float32:
-        return WgradTile(bm=32, bn=64, br=min(br, 64), warps=4, stages=3, ctas=2 * sms)
+        return WgradTile(bm=32, bn=64, br=min(br, 32), warps=4, stages=3, ctas=2 * sms)
     if masked:
         return WgradTile(bm=64, bn=128, br=br, warps=4, stages=4 if br <= 64 else 3, ctas=4 * sms)
     return WgradTile(bm=64, bn=64, br=br, warps=4, stages=4, ctas=2 * sms)
@@ -179,9 +183,9 @@ def wgrad(
     do_a, do_b = k > 0, n > 0
 
     tile = tile or tile_for(rank, like.dtype, words is not None, like.device)
-    blocks_r = triton.cdiv(rank, tile.br)
-    columns_a, columns_b = triton.cdiv(k, tile.bn), triton.cdiv(n, tile.bn)
-    parts = triton.cdiv(tile.ctas, (columns_a + columns_b) * blocks_r)
+    blocks_r = launch.cdiv(rank, tile.br)
+    columns_a, columns_b = launch.cdiv(k, tile.bn), launch.cdiv(n, tile.bn)
+    parts = launch.cdiv(tile.ctas, (columns_a + columns_b) * blocks_r)
     run, splits = launch.split_evenly(m, tile.bm, parts)
     partial_a = like.new_empty(splits, k, rank, dtype=torch.float32) if do_a else None
     partial_b = like.new_empty(splits, n, rank, dtype=torch.float32) if do_b else None
@@ -189,19 +193,31 @@ def wgrad(
     bias_partial = like.new_empty(splits, n, dtype=torch.float32) if bias else None
     ctas_a, ctas_b = columns_a * blocks_r * splits, columns_b * blocks_r * splits
     strides = [s for t in (x, g, dy, h) for s in (t.stride() if t is not None else (0, 0))]
-    with launch.on_device(like.device):
-        _wgrad_kernel[(ctas_a + ctas_b,)](
-            x, g, partial_a, dy, h, partial_b, bias_partial, words, ctas_a, run, run,
+    launch.run(
+        _wgrad_kernel,
+        (ctas_a + ctas_b,),
+        like.device,
+        (
+            x, g, partial_a, dy, h, partial_b, bias_partial, words, ctas_a, run,
             m, k, n, rank, *strides, 0 if words is None else words.shape[1],
+        ),
+        dict(
             BM=tile.bm, BN=tile.bn, BR=tile.br, DO_A=do_a, DO_B=do_b,
             MASK=words is not None, BIAS=bias, PRECISION=launch.input_precision(like.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        rows = 64
-        blocks_a = triton.cdiv(k, rows)
-        _reduce_kernel[(blocks_a + triton.cdiv(n, rows),)](
-            partial_a, d_a, partial_b, d_b, bias_partial, d_bias, blocks_a, k, n, rank, splits, splits,
-            BN=rows, BR=min(tile.br, 32), DO_A=do_a, DO_B=do_b, BIAS=bias, num_warps=4,
-        )  # fmt: skip
+        ),
+        tile.warps,
+        tile.stages,
+    )  # fmt: skip
+    rows = 64
+    blocks_a = launch.cdiv(k, rows)
+    launch.run(
+        _reduce_kernel,
+        (blocks_a + launch.cdiv(n, rows),),
+        like.device,
+        (partial_a, d_a, partial_b, d_b, bias_partial, d_bias, blocks_a, k, n, rank, splits),
+        dict(BN=rows, BR=min(tile.br, 32), DO_A=do_a, DO_B=do_b, BIAS=bias),
+        4,
+        1,
+    )
     count("wgrad", "triton")
     return d_a, d_b, d_bias

@@ -1,4 +1,6 @@
-"""A model and a tokenizer small enough to train in a second, and the command line run in this process."""
+"""A model and a tokenizer small enough to train in a second, and the command line run in this
+process.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from tests.tiny_tokenizer import make_tokenizer
@@ -76,11 +77,13 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def fastlora_cli() -> Callable[..., Result]:
-    """``fastlora ARGUMENTS`` in this process; ``.exit_code``, ``.stdout`` and ``.stderr`` of the result."""
+def fastlora_cli() -> Callable[..., Any]:
+    """``fastlora ARGUMENTS`` in this process; ``.exit_code``, ``.stdout`` and ``.stderr`` of the
+    result.
+    """
     from fastlora.cli.app import app
 
-    def run(*arguments: object) -> Result:
+    def run(*arguments: object) -> Any:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return run
@@ -88,11 +91,13 @@ def fastlora_cli() -> Callable[..., Result]:
 
 @pytest.fixture
 def finetune_cli(
-    fastlora_cli: Callable[..., Result], model_dir: Path, text_file: Path, tmp_path: Path
+    fastlora_cli: Callable[..., Any], model_dir: Path, text_file: Path, tmp_path: Path
 ) -> Any:
-    """``fastlora finetune`` on the tiny model with small settings; later arguments win over these."""
+    """``fastlora finetune`` on the tiny model with small settings; later arguments win over
+    these.
+    """
 
-    def run(*arguments: object, data: Path = text_file, output: Path = tmp_path / "run") -> Result:
+    def run(*arguments: object, data: Path = text_file, output: Path = tmp_path / "run") -> Any:
         return fastlora_cli(
             "finetune",
             "--model",

@@ -124,7 +124,9 @@ def test_a_template_that_rewrites_history_is_refused() -> None:
 
 
 def test_a_token_across_the_border_counts_as_answer() -> None:
-    """With merges, ' 4' after '=' may be one token, and 'ab' + 'cd' may share one: it holds part of the answer."""
+    """With merges, ' 4' after '=' may be one token, and 'ab' + 'cd' may share one: it holds part
+    of the answer.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -223,7 +223,9 @@ def test_a_full_disk_for_a_while_does_not_stop_training(
 def test_a_disk_that_stays_full_loses_nothing_that_was_saved(
     finetune_cli: Any, tmp_path: Path
 ) -> None:
-    """On a real small file system: it fills up with checkpoints, then grows, and the run is resumed."""
+    """On a real small file system: it fills up with checkpoints, then grows, and the run is
+    resumed.
+    """
     mount = tmp_path / "small"
     mount.mkdir()
 

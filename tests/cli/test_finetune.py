@@ -1,4 +1,6 @@
-"""``fastlora finetune`` on a tiny model: what it leaves behind, and that its options do what they say."""
+"""``fastlora finetune`` on a tiny model: what it leaves behind, and that its options do what
+they say.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def held_out_loss(model: Any, config: Any) -> float:
 
 
 def test_chat_trains_on_answers_only(finetune_cli: Any, jsonl: Any, tmp_path: Path) -> None:
-    """Questions are random, answers constant: with the loss on answers alone it must come near zero."""
+    """Questions are random, answers constant: with the loss on answers alone it must come near
+    zero.
+    """
     generator = torch.Generator().manual_seed(0)
     records = [
         {
@@ -124,7 +128,9 @@ def test_chat_trains_on_answers_only(finetune_cli: Any, jsonl: Any, tmp_path: Pa
 
 
 def test_accumulation_equals_a_larger_batch(finetune_cli: Any, tmp_path: Path, jsonl: Any) -> None:
-    """Documents of unequal length: the mean must be over the step's tokens, not over its batches' means."""
+    """Documents of unequal length: the mean must be over the step's tokens, not over its
+    batches' means.
+    """
     data = jsonl(
         *[{"prompt": "p" * (i % 7), "completion": "word " * (1 + i % 5)} for i in range(40)]
     )
@@ -147,15 +153,18 @@ def test_accumulation_equals_a_larger_batch(finetune_cli: Any, tmp_path: Path, j
 def test_packing_changes_the_number_of_rows_not_the_loss(
     finetune_cli: Any, jsonl: Any, tmp_path: Path
 ) -> None:
-    data = jsonl(*[{"text": f"document {i}"} for i in range(30)])
-    before = []
-    for name, flag in {"packed": "--packing", "loose": "--no-packing"}.items():
-        result = finetune_cli("--max-steps", 1, flag, data=data, output=tmp_path / name)
+    data = jsonl(*[{"text": f"document {i}"} for i in range(40)])
+    steps, before = {}, {}
+    for name in ("packing", "no-packing"):
+        result = finetune_cli(
+            "--eval-fraction", 0.5, f"--{name}", data=data, output=tmp_path / name
+        )
         assert result.exit_code == 0, result.output
         assert "see those before them" not in result.output
-        before.append(read_log(tmp_path / name)[0]["eval_loss"])
-    assert before[0] == pytest.approx(before[1], rel=1e-5)
-    assert len(losses(tmp_path / "packed")) == 1
+        before[name] = read_log(tmp_path / name)[0]["eval_loss"]
+        steps[name] = len(losses(tmp_path / name))
+    assert before["packing"] == pytest.approx(before["no-packing"], rel=1e-5)
+    assert steps["packing"] == pytest.approx(steps["no-packing"] / 2, abs=1)  # two fit into a block
 
 
 def test_evaluation_file(finetune_cli: Any, jsonl: Any, tmp_path: Path, text_file: Path) -> None:
@@ -239,3 +248,39 @@ def test_backend_choice_holds_for_the_run_only(finetune_cli: Any) -> None:
     assert finetune_cli("--max-steps", 1, "--backend", "torch").exit_code == 0
     assert {backend for _, backend in fastlora.launches()} == {"torch"}
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_strict_determinism_changes_nothing_and_gives_way_where_an_op_lacks_it(
+    missing: bool, finetune_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU run does before its first step, here on the CPU."""
+    from fastlora.training import loop
+
+    arguments = ("--max-steps", 3, "--dropout", 0.3)
+    assert finetune_cli(*arguments, output=tmp_path / "plain").exit_code == 0
+
+    class Strict(loop.Trainer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.strict = True
+
+    modes = []
+    real = loop.summed_loss
+
+    def summed_loss(*arguments: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            modes.append(torch.is_deterministic_algorithms_warn_only_enabled())
+            if missing and len(modes) == 1:
+                real(*arguments)  # draws dropout masks before it fails
+                raise RuntimeError("histc_cuda does not have a deterministic implementation")
+        return real(*arguments)
+
+    monkeypatch.setattr("fastlora.training.session.Trainer", Strict)
+    monkeypatch.setattr(loop, "summed_loss", summed_loss)
+    result = finetune_cli(*arguments, output=tmp_path / "strict")
+    assert result.exit_code == 0, result.output
+    assert modes == [False, *[missing] * 3]
+    assert ("may differ in the last digits" in result.output) == missing
+    assert losses(tmp_path / "strict") == losses(tmp_path / "plain")

@@ -1,4 +1,6 @@
-"""Packing loses nothing, repeats nothing and mixes nothing; the split and the order are functions of the seed."""
+"""Packing loses nothing, repeats nothing and mixes nothing; the split and the order are
+functions of the seed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PAD = 0
 
 
 def numbered(lengths: list[int]) -> list[Document]:
-    """Documents of tokens 1, 2, 3, ... over all of them, so that a token says where it came from; a third is masked."""
+    """Documents of tokens 1, 2, 3, ... over all of them, so that a token says where it came
+    from; a third is masked.
+    """
     documents, start = [], 1
     for length in lengths:
         ids = np.arange(start, start + length, dtype=np.int32)
@@ -158,7 +162,9 @@ def test_order_takes_each_block_once_an_epoch_and_depends_on_the_step_alone(
 
 
 def test_packed_documents_get_the_logits_they_get_alone() -> None:
-    """What position_ids are for, on a real (tiny) model; and the probe that tells when a model ignores them."""
+    """What position_ids are for, on a real (tiny) model; and the probe that tells when a model
+    ignores them.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fastlora.training.base import CausalLM, keeps_documents_apart

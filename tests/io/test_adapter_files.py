@@ -17,7 +17,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import (
+from torch import nn
+
+import fastlora
+from fastlora import LoraConfig
+from fastlora.layers import TrainableCopy
+from tests.tiny_models import (
     assert_unchanged,
     logits,
     plain_net,
@@ -26,11 +31,6 @@ from tiny_models import (
     some_ids,
     tiny_llama,
 )
-from torch import nn
-
-import fastlora
-from fastlora import LoraConfig
-from fastlora.layers import TrainableCopy
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

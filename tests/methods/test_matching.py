@@ -15,11 +15,11 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
-from tiny_models import PlainNet, tiny_llama
 from torch import nn
 
 import fastlora
 from fastlora.methods import LoraConfig, matching
+from tests.tiny_models import PlainNet, tiny_llama
 
 PARTS = [
     "model",

@@ -13,11 +13,11 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear
-from tiny_models import logits, plain_net, randomize_adapters, snapshot, some_ids, tiny_llama
 from torch import nn
 
 import fastlora
 from fastlora.models.peft_linear import FastLoraLinear
+from tests.tiny_models import logits, plain_net, randomize_adapters, snapshot, some_ids, tiny_llama
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

@@ -14,7 +14,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_models import (
+from torch import nn
+
+import fastlora
+from fastlora import LoraConfig, LoRALinear
+from fastlora.layers import LoRAWrapper, TrainableCopy
+from tests.tiny_models import (
     PlainNet,
     assert_unchanged,
     logits,
@@ -24,11 +29,6 @@ from tiny_models import (
     some_ids,
     tiny_llama,
 )
-from torch import nn
-
-import fastlora
-from fastlora import LoraConfig, LoRALinear
-from fastlora.layers import LoRAWrapper, TrainableCopy
 
 MODELS = {"plain": plain_net, "llama": tiny_llama}
 TARGETS = {"plain": ["up", "down"], "llama": ["q_proj", "down_proj"]}
@@ -444,8 +444,7 @@ def test_a_plain_model_needs_neither_transformers_nor_peft() -> None:
 WITHOUT_PEFT = """
 import sys
 sys.modules["peft"] = None  # as if it were not installed
-sys.path.insert(0, "tests")
-from tiny_models import tiny_llama, some_ids
+from tests.tiny_models import tiny_llama, some_ids
 import fastlora
 model = fastlora.get_peft_model(tiny_llama(), fastlora.LoraConfig(r=2))
 assert type(model) is fastlora.PeftModel

@@ -12,11 +12,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_models import VOCABULARY, logits, randomize_adapters, some_ids, tiny_llama
 
 import fastlora
 from fastlora import LoraConfig
 from fastlora.layers import LoRAWrapper
+from tests.tiny_models import VOCABULARY, logits, randomize_adapters, some_ids, tiny_llama
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -13,12 +13,12 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import logits, plain_net, randomize_adapters, some_ids, tiny_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoraConfig
+from tests.tiny_models import logits, plain_net, randomize_adapters, some_ids, tiny_llama
 
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "plain": ["up", "down"]}
 BASES = {"llama": tiny_llama, "plain": plain_net}

@@ -7,7 +7,7 @@ import torch
 
 import fastlora
 from fastlora import ops, reference, rng
-from fastlora.ops import selftest, support
+from fastlora.ops import raw, selftest, support
 from fastlora.testing.compare import assert_same_bits
 from fastlora.testing.inputs import LAYOUTS, integers, with_layout
 
@@ -244,11 +244,7 @@ class TestChoice:
 
 def test_a_broken_kernel_turns_the_checks_red(strict_backend, device, monkeypatch):
     """Halve one op of the backend that runs: the self-test and the exactness check must both notice."""
-    import importlib
-
-    from fastlora.ops import raw
-
-    module = importlib.import_module(raw._MODULES[strict_backend])
+    module = raw.backend_module(strict_backend)
     honest = module.down
     monkeypatch.setattr(module, "down", lambda *args: honest(*args) * 0.5)
     assert not next(row for row in selftest.run(device) if row["op"] == "down")["ok"]
