@@ -45,12 +45,9 @@ class LoraLinearFunction(torch.autograd.Function):
         scale, scaling_tensor = _split_scaling(scaling, keep)
         rows = x.to(dtype).reshape(-1, x.shape[-1])
 
-        words = (
-            ops.mask(rng_state, rows.shape[0], rows.shape[1], keep)
-            if low_rank and rng_state is not None
-            else None
-        )
-        h = ops.down(rows, lora_a, scaling_tensor, scale, words) if low_rank else None
+        h = None
+        if low_rank:
+            h, _ = ops.down(rows, lora_a, scaling_tensor, scale, rng_state, keep)
         y = ops.gemm(rows, weight.to(dtype), h, lora_b if low_rank else None, bias)
 
         ctx.save_for_backward(
@@ -83,11 +80,10 @@ class LoraLinearFunction(torch.autograd.Function):
 
         g = words = None
         if ctx.low_rank and (need_x or need_a):
-            g = ops.down(dy, lora_b.t(), scaling_tensor, ctx.scale)
-            if (
-                rng_state is not None
-            ):  # made again, not saved: two words of state stand for the whole mask
-                words = ops.mask(rng_state, dy.shape[0], ctx.in_features, keep)
+            # The mask is made again, not saved: its words come with g, for dX and dA below.
+            emit = ctx.in_features if rng_state is not None else 0
+            g, words = ops.down(dy, lora_b.t(), scaling_tensor, ctx.scale, rng_state, keep, emit)
+            words = words if emit else None
 
         dx = None
         if need_x:

@@ -1,7 +1,7 @@
 """The raw ops ``torch.ops.fastlora._mask/_down/_gemm/_wgrad``: schema, fake kernel, call into the chosen backend.
 
 Private: they have no autograd formula. The public path is ``fastlora.autograd``. Contracts as in reference.py;
-``words`` is a dropout mask or None, and an output of ``_wgrad`` that was not asked for comes back with shape [0].
+``words`` is a dropout mask or None, and an output that was not asked for comes back with shape [0].
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..rng import KEEP_ALL
 from . import support
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _library.define("_mask(Tensor rng_state, int rows, int cols, int keep) -> Tensor")
-_library.define("_down(Tensor x, Tensor l, Tensor? scaling, float scale, Tensor? words) -> Tensor")
+_library.define(
+    "_down(Tensor x, Tensor l, Tensor? scaling, float scale, Tensor? rng_state, int keep, "
+    "int emit_cols) -> (Tensor, Tensor)"
+)
 _library.define(
     "_gemm(Tensor x, Tensor w, Tensor? h, Tensor? l, Tensor? bias, Tensor? words) -> Tensor"
 )
@@ -49,9 +53,17 @@ def _mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
 
 
 def _down(
-    x: Tensor, l: Tensor, scaling: Tensor | None, scale: float, words: Tensor | None
-) -> Tensor:
-    return _backend("down", x, l.shape[0]).down(x, l, scaling, scale, words)
+    x: Tensor,
+    l: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+    emit_cols: int,
+) -> tuple[Tensor, Tensor]:
+    module = _backend("down", x, l.shape[0])
+    h, words = module.down(x, l, scaling, scale, rng_state, keep, emit_cols)
+    return h, x.new_empty(0, dtype=torch.int32) if words is None else words
 
 
 def _gemm(
@@ -90,9 +102,18 @@ def _fake_mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
 
 
 def _fake_down(
-    x: Tensor, l: Tensor, scaling: Tensor | None, scale: float, words: Tensor | None
-) -> Tensor:
-    return x.new_empty(x.shape[0], l.shape[0])
+    x: Tensor,
+    l: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+    emit_cols: int,
+) -> tuple[Tensor, Tensor]:
+    h = x.new_empty(x.shape[0], l.shape[0])
+    if rng_state is None or emit_cols == 0:
+        return h, x.new_empty(0, dtype=torch.int32)
+    return h, _fake_mask(rng_state, x.shape[0], emit_cols, keep)
 
 
 def _fake_gemm(
@@ -154,10 +175,18 @@ def down(
     l: Tensor,
     scaling: Tensor | None = None,
     scale: float = 1.0,
-    words: Tensor | None = None,
-) -> Tensor:
-    """h = scale * [scaling] * drop(x) l^T. x [M, K], l [r, K] (x's dtype or fp32, any strides) -> [M, r]."""
-    return _down_op(x, l, scaling, scale, words)
+    rng_state: Tensor | None = None,
+    keep: int = KEEP_ALL,
+    emit_cols: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """h = scale * [scaling] * drop(x) l^T. x [M, K], l [r, K] (x's dtype or fp32, any strides) -> h [M, r], words.
+
+    With a dropout state x is dropped on the way. With ``emit_cols`` too, x is taken whole, and the mask words of
+    [M, emit_cols] come out beside h for the ops that follow (shape [0] otherwise): where a pass waits for memory,
+    making them costs next to nothing.
+    """
+    h, words = _down_op(x, l, scaling, scale, rng_state, keep, emit_cols)
+    return h, words
 
 
 def gemm(

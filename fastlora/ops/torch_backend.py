@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +19,32 @@ def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     return reference.mask(rng_state, rows, cols, keep)
 
 
-def _counted(op: str) -> Callable[..., Any]:
-    function = getattr(reference, op)
+def down(
+    x: Tensor,
+    l: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+    emit_cols: int,
+) -> tuple[Tensor, Tensor | None]:
+    """``reference.down`` with the mask it needs, or beside the mask it is asked for."""
+    words = None
+    if rng_state is not None:
+        words = mask(rng_state, x.shape[0], emit_cols or x.shape[1], keep)
+    count("down", "torch")
+    if emit_cols:
+        return reference.down(x, l, scaling, scale), words
+    return reference.down(x, l, scaling, scale, words), None
 
-    def run(*args: Any) -> Any:
-        count(op, "torch")
-        return function(*args)
 
-    return run
+def gemm(*args: Any) -> Tensor:
+    """``reference.gemm``."""
+    count("gemm", "torch")
+    return reference.gemm(*args)
 
 
-down, gemm, wgrad = map(_counted, ("down", "gemm", "wgrad"))
+def wgrad(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``reference.wgrad``."""
+    count("wgrad", "torch")
+    return reference.wgrad(*args)

@@ -24,7 +24,9 @@ import torch
 
 MIN_ROUNDS = 15
 HOST_LEAD_US = 3000  # several times the slowest contender's Python
-_CYCLES_PER_US = 2000  # at the highest clock of today's GPUs; a slower clock only lengthens the lead
+_CYCLES_PER_US = (
+    2000  # at the highest clock of today's GPUs; a slower clock only lengthens the lead
+)
 _MIB = 2**20
 
 Call = Callable[[], object]

@@ -2,6 +2,10 @@
 
 Tile BM x BR over K in steps of BK; one CTA walks all of K for its rows, or a run of it when there are too few row
 blocks to fill the GPU: then fp32 partials [splits, M, r] are summed in order by a second kernel. Any strides.
+
+Dropout's arithmetic hides behind the memory traffic. DROP: the words of each x tile are made where it is dropped
+(forward). EMIT: x is taken whole, and each step leaves a few words of another mask [M, pitch] for the kernels that follow
+(backward, where x is dY and the mask is that of the layer's input).
 """
 
 from __future__ import annotations
@@ -15,18 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .._counters import count
+from ..rng import KEEP_ALL
 from . import launch
 from .dot import dot_add, lost_bits
-from .mask import keep_tile
+from .mask import expand, make_words, mask, store_words
 
 
 @triton.jit
 def _down_kernel(
-    x, l, out, scaling, words,
+    x, l, out, scaling, rng_state, words,
     M, K, R, stride_xm, stride_xk, stride_lr, stride_lk, stride_os, stride_om,
-    scale, run, pitch,
+    scale, run, bump, pitch,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-    EVEN_K: tl.constexpr, MASK: tl.constexpr, SCALING: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, DROP: tl.constexpr, EMIT: tl.constexpr, SCALING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(0) * BM
     rank0 = tl.program_id(1) * BR
@@ -55,8 +60,21 @@ def _down_kernel(
             l_tile = tl.load(
                 l_rows + cols[:, None] * stride_lk, mask=live & (cols < end)[:, None], other=0.0
             )
-        if MASK:
-            x_tile = tl.where(keep_tile(words, row0, k0, M, pitch, BM, BK), x_tile, 0.0)
+        if DROP:
+            kept = make_words(rng_state, bump, row0, k0 // 32, BM, BK // 32)
+            x_tile = tl.where(expand(kept, BM, BK), x_tile, 0.0)
+        if EMIT:
+            word0 = k0 // BK * EMIT
+            store_words(
+                words,
+                make_words(rng_state, bump, row0, word0, BM, EMIT),
+                row0,
+                word0,
+                M,
+                pitch,
+                BM,
+                EMIT,
+            )
         acc, lost = dot_add(x_tile, l_tile.to(x_tile.dtype), acc, lost, PRECISION)
 
     if SCALING:
@@ -76,6 +94,9 @@ def _sum_kernel(partial, out, numel, splits, BLOCK: tl.constexpr):
     tl.store(out + i, acc.to(out.dtype.element_ty), mask=i < numel)
 
 
+_MOST_WORDS_A_STEP = 2048
+
+
 @dataclass(frozen=True)
 class DownTile:
     """Tile shape, and into how many runs K is cut."""
@@ -90,17 +111,17 @@ class DownTile:
 
 @functools.cache
 def tile_for(
-    m: int, k: int, rank: int, dtype: torch.dtype, masked: bool, device: torch.device
+    m: int, k: int, rank: int, dtype: torch.dtype, drop: bool, device: torch.device
 ) -> DownTile:
     """The tile for a problem: enough CTAs to fill the GPU, enough bytes in flight in each to saturate memory."""
     br = launch.pick(rank, (16, 32, 64, 128))
     if launch.interpreting():
         tile = DownTile(bm=16, bk=32, br=min(br, 32), warps=4, stages=1, splits=1)
     elif dtype is torch.float32:
-        tile = DownTile(bm=32, bk=64, br=min(br, 32), warps=4, stages=3, splits=1)
+        tile = DownTile(bm=32, bk=32, br=min(br, 32), warps=4, stages=3, splits=1)
     elif br > 64:
         tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=3, splits=1)
-    elif masked:  # smaller row blocks: expanding the mask takes registers
+    elif drop:  # smaller row blocks: expanding the mask takes registers
         tile = DownTile(bm=32, bk=128, br=br, warps=4, stages=6 if br == 16 else 4, splits=1)
     else:
         tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=5 if br == 16 else 4, splits=1)
@@ -118,30 +139,44 @@ def down(
     l: Tensor,
     scaling: Tensor | None,
     scale: float,
-    words: Tensor | None,
+    rng_state: Tensor | None,
+    keep: int,
+    emit_cols: int,
     tile: DownTile | None = None,
-) -> Tensor:
-    """``reference.down`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+) -> tuple[Tensor, Tensor | None]:
+    """``ops.down`` on Triton. ``tile`` overrides the plan (for sweeps)."""
     m, k = x.shape
     rank = l.shape[0]
+    drop = rng_state is not None and emit_cols == 0
     if m == 0 or rank == 0 or k == 0:
-        return x.new_zeros(m, rank)
-    tile = tile or tile_for(m, k, rank, x.dtype, words is not None, x.device)
+        words = mask(rng_state, m, emit_cols, keep) if rng_state is not None and emit_cols else None
+        return x.new_zeros(m, rank), words
+    tile = tile or tile_for(m, k, rank, x.dtype, drop, x.device)
     run, splits = launch.split_evenly(k, tile.bk, tile.splits)
     h = x.new_empty(m, rank)
     target = h if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
+
+    words, pitch, emit = None, launch.cdiv(emit_cols, 32), 0
+    if rng_state is not None and emit_cols:
+        emit = triton.next_power_of_2(launch.cdiv(pitch, launch.cdiv(k, tile.bk)))
+        if (
+            emit * tile.bm > _MOST_WORDS_A_STEP
+        ):  # a short dY beside a wide x: too few steps to hide behind
+            words, emit = mask(rng_state, m, emit_cols, keep), 0
+        else:
+            words = torch.empty(m, pitch, dtype=torch.int32, device=x.device)
     launch.run(
         _down_kernel,
         (launch.cdiv(m, tile.bm), launch.cdiv(rank, tile.br), splits),
         x.device,
         (
-            x, l, target, scaling, words,
+            x, l, target, scaling, rng_state, words,
             m, k, rank, *x.stride(), *l.stride(), m * rank, rank,
-            scale, run, 0 if words is None else words.shape[1],
+            scale, run, KEEP_ALL - keep, pitch,
         ),
         dict(
             BM=tile.bm, BK=tile.bk, BR=tile.br,
-            EVEN_K=k % tile.bk == 0, MASK=words is not None, SCALING=scaling is not None,
+            EVEN_K=k % tile.bk == 0, DROP=drop, EMIT=emit, SCALING=scaling is not None,
             PRECISION=launch.input_precision(x.dtype),
         ),
         tile.warps,
@@ -152,4 +187,4 @@ def down(
         grid = (launch.cdiv(numel, 1024),)
         launch.run(_sum_kernel, grid, x.device, (target, h, numel, splits), dict(BLOCK=1024), 4, 1)
     count("down", "triton")
-    return h
+    return h, words

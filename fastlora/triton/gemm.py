@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .._counters import count
 from . import launch
 from .dot import dot_add, lost_bits
-from .mask import keep_tile
+from .mask import load_mask
 
 
 @triton.jit
@@ -41,16 +41,17 @@ def _load_tile(
 
 
 @triton.jit
-def _more_rank(
-    acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
+def _low_rank(
+    h_tile, l_tile, acc, lost, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + h[row0:, BR:] l[col0:, BR:]^T: the rank blocks after the first."""
+    """(acc, lost) + h[row0:] l[col0:]^T, given the first rank block's tiles."""
+    acc, lost = dot_add(h_tile, l_tile, acc, lost, PRECISION)
     for r0 in tl.static_range(BR, RP, BR):
         h_tile = _load_tile(h, row0, r0, M, R, stride_hm, stride_hr, BM, BR, False)
         l_tile = _load_tile(l, r0, col0, R, N, stride_lr, stride_ln, BR, BN, False)
-        acc = tl.dot(h_tile, l_tile.to(h_tile.dtype), acc, input_precision=PRECISION)
-    return acc
+        acc, lost = dot_add(h_tile, l_tile.to(h_tile.dtype), acc, lost, PRECISION)
+    return acc, lost
 
 
 @triton.jit
@@ -82,12 +83,11 @@ def _gemm_kernel(
             l_tile = _load_tile(l, 0, col0, R, N, stride_lr, stride_ln, BR, BN, False).to(
                 h_tile.dtype
             )
-        if MASK:
-            acc = tl.dot(h_tile, l_tile, acc, input_precision=PRECISION)
-            acc = _more_rank(acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
-                             BM, BN, BR, RP, PRECISION)  # fmt: skip
-            acc = tl.where(keep_tile(words, row0, col0, M, pitch, BM, BN), acc, 0.0)
         lost = lost_bits(acc, DTYPE)
+        if MASK:
+            acc, _ = _low_rank(h_tile, l_tile, acc, lost, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln,
+                               stride_lr, BM, BN, BR, RP, PRECISION)  # fmt: skip
+            acc = tl.where(load_mask(words, row0, col0, M, pitch, BM, BN), acc, 0.0)
         for k0 in range(0, K, BK):
             if TMA:
                 x_tile = x.load([row0, k0])
@@ -97,16 +97,13 @@ def _gemm_kernel(
                 w_tile = _load_tile(w, k0, col0, K, N, stride_wk, stride_wn, BK, BN, EVEN)
             acc, lost = dot_add(x_tile, w_tile, acc, lost, PRECISION)
         if LOW_RANK and not MASK:
-            acc = tl.dot(h_tile, l_tile, acc, input_precision=PRECISION)
-            acc = _more_rank(acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
-                             BM, BN, BR, RP, PRECISION)  # fmt: skip
+            acc, _ = _low_rank(h_tile, l_tile, acc, lost, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln,
+                               stride_lr, BM, BN, BR, RP, PRECISION)  # fmt: skip
         n = col0 + tl.arange(0, BN)
         if BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if TMA:
-            if (
-                HALVES
-            ):  # two half-width stores need half the staging memory: one more pipeline stage
+            if HALVES:  # two half-width stores need half the staging memory
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
                 y.store([row0, col0], left.to(DTYPE))
                 y.store([row0, col0 + BN // 2], right.to(DTYPE))

@@ -1,7 +1,8 @@
-"""mask: the dropout mask of ``fastlora.rng`` packed 32 columns to a word; compute-bound, 1/16 of a bf16 x in bytes.
+"""mask: the dropout mask of ``fastlora.rng``, packed 32 columns to a word.
 
-Forward makes the words once for ``down``; backward makes them again for ``gemm`` and ``wgrad``. They live for the
-length of one pass: what is saved for backward is the two-word state. ``keep_tile`` expands them where they are used.
+Making a mask is arithmetic only, so it rides on passes that wait for memory: ``down`` makes the words of the x it reads
+in forward, and in backward, while it reads dY, the words that ``gemm`` and ``wgrad`` then expand. They live for the
+length of one pass; what is saved for backward is the two-word state.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from . import launch
 
 
 @triton.jit
-def keep_tile(words, row0, col0, rows, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+def expand(words, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Mask words [ROWS, COLS / 32] -> bool [ROWS, COLS]."""
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, COLS)) != 0
+
+
+@triton.jit
+def load_mask(words, row0, col0, rows, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Bool [ROWS, COLS] of the mask at (row0, col0); col0 and COLS are multiples of 32. Past the edges: anything."""
     WORDS: tl.constexpr = COLS // 32
     m = row0 + tl.arange(0, ROWS)
     word = col0 // 32 + tl.arange(0, WORDS)
     here = words + m.to(tl.int64)[:, None] * stride + word[None, :]
     tile = tl.load(here, mask=(m < rows)[:, None] & (word < stride)[None, :], other=0)
-    bits = (tile[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bits, (ROWS, COLS)) != 0
+    return expand(tile, ROWS, COLS)
 
 
 @triton.jit
@@ -53,12 +60,11 @@ def _push(bits, output, bump):
 
 
 @triton.jit
-def _mask_kernel(words, rng_state, bump, rows, pitch, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+def make_words(rng_state, bump, row0, word0, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """The mask's words [ROWS, WORDS] at (row0, word0), int32. ``bump`` is 32768 - keep."""
     zero = tl.zeros((ROWS, WORDS), tl.uint32)
-    row = zero + m.to(tl.uint32)[:, None]
-    call0 = zero + word.to(tl.uint32)[None, :] * 4
+    row = zero + (row0 + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
+    call0 = zero + (word0 + tl.arange(0, WORDS)).to(tl.uint32)[None, :] * 4
     seed = tl.load(rng_state).to(tl.uint64, bitcast=True)
     offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
     both = zero + bump.to(tl.uint32) * 0x10001
@@ -72,10 +78,24 @@ def _mask_kernel(words, rng_state, bump, rows, pitch, ROWS: tl.constexpr, WORDS:
             key0 += 0x9E3779B9
             key1 += 0xBB67AE85
         bits = _push(_push(_push(_push(bits, c0, both), c1, both), c2, both), c3, both)
+    return bits.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def store_words(words, tile, row0, word0, rows, pitch, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Write a tile of words at (row0, word0), clipped to [rows, pitch]."""
+    m = row0 + tl.arange(0, ROWS)
+    word = word0 + tl.arange(0, WORDS)
     here = words + m.to(tl.int64)[:, None] * pitch + word[None, :]
-    tl.store(
-        here, bits.to(tl.int32, bitcast=True), mask=(m < rows)[:, None] & (word < pitch)[None, :]
-    )
+    tl.store(here, tile, mask=(m < rows)[:, None] & (word < pitch)[None, :])
+
+
+@triton.jit
+def _mask_kernel(words, rng_state, bump, rows, pitch, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    row0 = tl.program_id(0) * ROWS
+    word0 = tl.program_id(1) * WORDS
+    tile = make_words(rng_state, bump, row0, word0, ROWS, WORDS)
+    store_words(words, tile, row0, word0, rows, pitch, ROWS, WORDS)
 
 
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:

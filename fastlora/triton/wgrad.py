@@ -18,7 +18,7 @@ from torch import Tensor
 from .._counters import count
 from . import launch
 from .dot import dot_add, lost_bits
-from .mask import keep_tile
+from .mask import load_mask
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _partial(
         if BIAS:
             bias_acc += tl.sum(v_tile.to(tl.float32), axis=0)
         if MASK:
-            v_tile = tl.where(keep_tile(words, m0, col0, M, pitch, BM, BN), v_tile, 0.0)
+            v_tile = tl.where(load_mask(words, m0, col0, M, pitch, BM, BN), v_tile, 0.0)
         acc, lost = dot_add(v_tile.T, u_tile, acc, lost, PRECISION)
 
     here = partial + (tl.cast(split, tl.int64) * N + n)[:, None] * R + r[None, :]

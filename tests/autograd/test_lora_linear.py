@@ -49,7 +49,7 @@ def test_only_what_is_asked_is_computed(device, needs):
     fastlora.reset_launches()
     y.sum().backward()
     ran = {op for op, _ in fastlora.launches()}
-    need_x, need_a, need_b, need_bias = needs
+    need_x, need_a, need_b, _ = needs
     assert ("gemm" in ran) == bool(need_x)  # no dX where x needs none
     assert ("down" in ran) == bool(need_x or need_a)
     if need_a or need_b:  # a bias trained alone may be a plain sum
@@ -186,6 +186,8 @@ def test_autocast_casts_like_torchs_linear(device):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_compiles_in_one_graph(device, dropout_p, dynamic):
+    if dynamic and dropout_p and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 cannot trace a symbolic float through an autograd.Function")
     x, w, a, b = operands(device)
     bias = torch.randn(20, device=device, requires_grad=True)
 

@@ -41,7 +41,7 @@ def step(x, w, a, b, **kwargs):
 def test_every_op_launches_its_kernel():
     step(*operands(), dropout_p=0.1)
     counts = {op: count for (op, _), count in fastlora.launches().items()}
-    assert counts == {"mask": 2, "down": 2, "gemm": 2, "wgrad": 1}
+    assert counts == {"down": 2, "gemm": 2, "wgrad": 1}
 
 
 def test_three_runs_give_the_same_bits():
@@ -198,8 +198,8 @@ def test_more_than_two_to_the_31_elements(m, k, n):
             g = 0.5 * dy[rows].double() @ b.double()
             truth = dy[rows].double() @ w.double() + g @ a.double()
             assert relative_error(dx[rows], truth) < 6e-3
-        g = ops.down(dy, b.t(), None, 0.5)
-        h = ops.down(x, a, None, 0.5)
+        g, _ = ops.down(dy, b.t(), None, 0.5)
+        h, _ = ops.down(x, a, None, 0.5)
         cols = slice(k - 40, k)
         assert relative_error(da[:, cols], g.double().t() @ x[:, cols].double()) < 6e-3
         cols = slice(n - 40, n)

@@ -42,11 +42,24 @@ class TestExactness:
 
     def test_down(self, strict_backend, device, dtype, m, k, n, r):
         x, _, a, _, _ = products(m, k, n, r, dtype, device)
-        words = reference.mask(torch.tensor([3, 4]), m, k, 20000).to(device)
-        truth = reference.down(x.double(), a.double(), None, 0.5, words)
-        assert_same_bits("h", ops.down(x, a, None, 0.5, words), exact(dtype, truth))
+        state = torch.tensor([3, 4], device=device)
+        words = reference.mask(state, m, k, 20000)
+        truth = exact(dtype, reference.down(x.double(), a.double(), None, 0.5, words))
+        h, none = ops.down(x, a, None, 0.5, state, 20000)
+        assert_same_bits("h", h, truth)
+        assert none.numel() == 0
         scaling = torch.tensor(0.25, device=device)
-        assert_same_bits("h", ops.down(x, a.float(), scaling, 2.0, words), exact(dtype, truth))
+        assert_same_bits("h", ops.down(x, a.float(), scaling, 2.0, state, 20000)[0], truth)
+
+    @pytest.mark.parametrize("cols", [1, 40, 700, 5000])
+    def test_down_that_emits_a_mask(self, strict_backend, device, dtype, m, k, n, r, cols):
+        x, _, a, _, _ = products(m, k, n, r, dtype, device)
+        state = torch.tensor([3, 4], device=device)
+        h, words = ops.down(x, a, None, 0.5, state, 20000, cols)
+        whole = reference.down(x.double(), a.double(), None, 0.5)
+        assert_same_bits("h", h, exact(dtype, whole))
+        bits = reference.unpack_mask(words, cols)
+        assert torch.equal(bits, reference.unpack_mask(reference.mask(state, m, cols, 20000), cols))
 
     def test_gemm(self, strict_backend, device, dtype, m, k, n, r):
         x, w, _, b, _ = products(m, k, n, r, dtype, device)
@@ -94,10 +107,10 @@ def test_every_memory_layout_gives_the_same_bits(strict_backend, device, layout)
     plain = {name: t.clone(memory_format=torch.contiguous_format) for name, t in strange.items()}
 
     def run(t):
-        outputs = [ops.down(t["x"], t["a"]), ops.gemm(t["x"], t["w"], t["h"], t["b"])]
+        outputs = [ops.down(t["x"], t["a"])[0], ops.gemm(t["x"], t["w"], t["h"], t["b"])]
         outputs += [
             ops.gemm(t["dy"], t["w"].t(), t["h"], t["a"].t()),
-            ops.down(t["dy"], t["b"].t()),
+            ops.down(t["dy"], t["b"].t())[0],
         ]
         return outputs + list(ops.wgrad(t["x"], g, t["dy"], t["h"], None, F32, F32, F32))
 
@@ -127,7 +140,7 @@ def test_empty_shapes(device, m, k, n, r):
             x, w, a, b, dy = (
                 torch.ones(s, device=device) for s in ((m, k), (n, k), (r, k), (n, r), (m, n))
             )
-            h = ops.down(x, a)
+            h, _ = ops.down(x, a)
             assert torch.equal(h, x @ a.t())
             bias = torch.arange(n, dtype=F32, device=device)
             assert torch.equal(ops.gemm(x, w, h, b, bias), x @ w.t() + h @ b.t() + bias)
@@ -151,7 +164,7 @@ def test_wgrad_leaves_out_what_was_not_asked(strict_backend, device):
 def test_nan_and_infinity_stay_in_their_row(strict_backend, device):
     x, w, a, b, _ = products(40, 64, 48, 8, F32, device)
     x[3, 5], x[17, 60] = torch.nan, torch.inf
-    h = ops.down(x, a)
+    h, _ = ops.down(x, a)
     y = ops.gemm(x, w, h, b)
     truth = reference.gemm(x.double(), w.double(), h.double(), b.double(), None)
     for row in range(40):
@@ -165,7 +178,15 @@ OPCHECKS = {
         torch.ops.fastlora._mask,
         (torch.tensor([1, 2], device=t["x"].device), 6, 40, 9000),
     ),
-    "down": lambda t: (torch.ops.fastlora._down, (t["x"], t["a"], None, 0.5, None)),
+    "down": lambda t: (torch.ops.fastlora._down, (t["x"], t["a"], None, 0.5, None, 32768, 0)),
+    "down_drop": lambda t: (
+        torch.ops.fastlora._down,
+        (t["x"], t["a"], None, 0.5, t["state"], 9000, 0),
+    ),
+    "down_emit": lambda t: (
+        torch.ops.fastlora._down,
+        (t["x"], t["a"], None, 0.5, t["state"], 9000, 70),
+    ),
     "gemm": lambda t: (torch.ops.fastlora._gemm, (t["x"], t["w"], t["h"], t["b"], t["bias"], None)),
     "gemm_bare": lambda t: (torch.ops.fastlora._gemm, (t["x"], t["w"], None, None, None, None)),
     "wgrad": lambda t: (
@@ -182,7 +203,16 @@ OPCHECKS = {
 @pytest.mark.parametrize("op", OPCHECKS)
 def test_opcheck(strict_backend, device, op):
     x, w, a, b, dy = (t.float() for t in products(12, 16, 20, 4, F32, device))
-    tensors = dict(x=x, w=w, a=a, b=b, dy=dy, h=x[:, :4].contiguous(), bias=dy[0].contiguous())
+    tensors = dict(
+        x=x,
+        w=w,
+        a=a,
+        b=b,
+        dy=dy,
+        h=x[:, :4].contiguous(),
+        bias=dy[0].contiguous(),
+        state=torch.tensor([1, 2], device=device),
+    )
     torch.library.opcheck(*OPCHECKS[op](tensors))
 
 
@@ -246,8 +276,8 @@ def test_a_broken_kernel_turns_the_checks_red(strict_backend, device, monkeypatc
     """Halve one op of the backend that runs: the self-test and the exactness check must both notice."""
     module = raw.backend_module(strict_backend)
     honest = module.down
-    monkeypatch.setattr(module, "down", lambda *args: honest(*args) * 0.5)
+    monkeypatch.setattr(module, "down", lambda *args: (honest(*args)[0] * 0.5, None))
     assert not next(row for row in selftest.run(device) if row["op"] == "down")["ok"]
     x, _, a, _, _ = products(20, 24, 8, 4, F32, device)
     with pytest.raises(AssertionError, match="instead of"):
-        assert_same_bits("h", ops.down(x, a), x @ a.t())
+        assert_same_bits("h", ops.down(x, a)[0], x @ a.t())
