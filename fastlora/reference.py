@@ -53,9 +53,9 @@ def philox(rng_state: Tensor, rows: int, calls: int) -> Tensor:
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     """The dropout mask of ``fastlora.rng``: int32 [rows, ceil(cols / 32)], a set bit where the column is kept."""
     pitch = (cols + 31) // 32
-    outputs = philox(rng_state, rows, 4 * pitch).view(rows, pitch, 16)
-    low, high = outputs & 0x7FFF, (outputs >> 16) & 0x7FFF
-    kept = (torch.cat((low, high), dim=-1) < keep).long()
+    outputs = philox(rng_state, rows, 4 * pitch)
+    numbers = torch.stack((outputs & 0x7FFF, (outputs >> 16) & 0x7FFF), dim=-1)
+    kept = (numbers.view(rows, pitch, 32) < keep).long()
     words = (kept << torch.arange(32, device=rng_state.device)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 

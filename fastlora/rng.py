@@ -1,11 +1,11 @@
 """Dropout state: the one place that draws it, and the arithmetic every mask shares.
 
-A mask is a pure function of ``(seed, offset, row, column)``, held 32 columns to an int32 word: bit b of word (m, a)
-says whether column 32 a + b of row m is kept. Bits come from Philox4x32-7 (Salmon et al., SC 2011: seven rounds are the
-fewest that pass BigCrush) with key = seed and counter = (offset low, offset high, 4 a + c, m): call c, output word w
-gives two 15-bit numbers, its low half for column 4 c + w and its high half for column 16 + 4 c + w of the 32; a column is
-kept when its number is below the keep threshold. No tile shape enters, so forward, backward and every backend see one
-mask, and only the two-word state is saved.
+A mask is a pure function of ``(seed, offset, row, column)``: Philox4x32-7 (Salmon et al., SC 2011: seven rounds are
+the fewest that pass BigCrush) with key = seed and counter = (offset low, offset high, column // 8, row). Output word w
+gives two 15-bit numbers, its low half for column 8 c + 2 w and its high half for column 8 c + 2 w + 1; a column is kept
+when its number is below the keep threshold. Masks are held 32 columns to an int32 word: bit b of word a is column
+32 a + b. No tile shape enters, so forward, backward and every backend see one mask, and only the two-word state is
+saved.
 """
 
 from __future__ import annotations

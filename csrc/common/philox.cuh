@@ -3,11 +3,11 @@
 // kernel draws the same mask.
 //
 // A mask element is a pure function of (seed, offset, row, column) and of nothing else: not of the
-// tile, the grid or the device. 32 columns of a row make one word, bit b for column 32 a + b of
-// word a, from four Philox calls c = 0..3:
-//   key = seed, low word first          counter = (offset low, offset high, 4 a + c, row)
-//   output w decides two columns with 15-bit numbers: its low half column 4 c + w, its high half
-//   column 16 + 4 c + w; a column is kept when its number is below `keep` (0..32768)
+// tile, the grid or the device:
+//   key = seed, low word first          counter = (offset low, offset high, c = column / 8, row)
+//   output w decides two columns with 15-bit numbers: its low half column 8 c + 2 w, its high half
+//   column 8 c + 2 w + 1; a column is kept when its number is below `keep` (0..32768)
+// Masks are held 32 columns to a word, bit b of word a for column 32 a + b: four calls a word.
 #pragma once
 
 #include "common/index.cuh"
@@ -37,12 +37,26 @@ FASTLORA_HOST_DEVICE Philox4 philox4x32(uint32_t key0, uint32_t key1, Philox4 co
   return counter;
 }
 
+// Bit i of the low half to bit 2 i, bit i of the high half to bit 2 i + 1.
+FASTLORA_HOST_DEVICE uint32_t interleave(uint32_t bits) {
+  const auto swap = [&bits](uint32_t mask, int shift) {
+    const uint32_t moved = (bits ^ (bits >> shift)) & mask;
+    bits ^= moved ^ (moved << shift);
+  };
+  swap(0x0000FF00, 8);
+  swap(0x00F000F0, 4);
+  swap(0x0C0C0C0C, 2);
+  swap(0x22222222, 1);
+  return bits;
+}
+
 // The 32 keep bits of one word of one row.
 FASTLORA_HOST_DEVICE uint32_t keep_bits(uint64_t seed, uint64_t offset, uint32_t row, uint32_t word,
                                         uint32_t keep) {
   // Adding kKeepAll - keep to a 15-bit number carries into bit 15 exactly when it reaches keep: one
   // addition compares both halves of an output. Sixteen of them shift the low halves' bits to 0..15
-  // and the high halves' to 16..31, in order.
+  // and the high halves' to 16..31, in order; neighbouring columns are the two halves of an output,
+  // so a perfect shuffle of the word brings the bits to their columns.
   const uint32_t bump = (kKeepAll - keep) * 0x10001;
   uint32_t bits = 0;
   for (uint32_t call = 0; call < 4; ++call) {
@@ -55,7 +69,7 @@ FASTLORA_HOST_DEVICE uint32_t keep_bits(uint64_t seed, uint64_t offset, uint32_t
       bits = (bits >> 1) | (dropped ^ 0x80008000);
     }
   }
-  return bits;
+  return interleave(bits);
 }
 
 }  // namespace fastlora

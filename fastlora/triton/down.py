@@ -3,7 +3,7 @@
 Tile BM x BR over K in steps of BK; one CTA walks all of K for its rows, or a run of it when there are too few row
 blocks to fill the GPU: then fp32 partials [splits, M, r] are summed in order by a second kernel. Any strides.
 
-Dropout's arithmetic hides behind the memory traffic. DROP: the words of each x tile are made where it is dropped
+Dropout's arithmetic hides behind the memory traffic. DROP: the mask of each x tile is made where it is dropped
 (forward). EMIT: x is taken whole, and each step leaves a few words of another mask [M, pitch] for the kernels that follow
 (backward, where x is dY and the mask is that of the layer's input).
 """
@@ -22,7 +22,7 @@ from .._counters import count
 from ..rng import KEEP_ALL
 from . import launch
 from .dot import dot_add, lost_bits
-from .mask import expand, make_words, mask, store_words
+from .mask import make_tile, make_words, mask, store_words
 
 
 @triton.jit
@@ -61,8 +61,8 @@ def _down_kernel(
                 l_rows + cols[:, None] * stride_lk, mask=live & (cols < end)[:, None], other=0.0
             )
         if DROP:
-            kept = make_words(rng_state, bump, row0, k0 // 32, BM, BK // 32)
-            x_tile = tl.where(expand(kept, BM, BK), x_tile, 0.0)
+            kept = make_tile(rng_state, bump, row0, k0, BM, BK)
+            x_tile = tl.where(kept, x_tile, 0.0)
         if EMIT:
             word0 = k0 // BK * EMIT
             store_words(
@@ -111,7 +111,7 @@ class DownTile:
 
 @functools.cache
 def tile_for(
-    m: int, k: int, rank: int, dtype: torch.dtype, drop: bool, device: torch.device
+    m: int, k: int, rank: int, dtype: torch.dtype, drop: bool, emit: bool, device: torch.device
 ) -> DownTile:
     """The tile for a problem: enough CTAs to fill the GPU, enough bytes in flight in each to saturate memory."""
     br = launch.pick(rank, (16, 32, 64, 128))
@@ -121,7 +121,9 @@ def tile_for(
         tile = DownTile(bm=32, bk=32, br=min(br, 32), warps=4, stages=3, splits=1)
     elif br > 64:
         tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=3, splits=1)
-    elif drop:  # smaller row blocks: expanding the mask takes registers
+    elif emit:  # long steps: more words are made while a step's bytes are on their way
+        tile = DownTile(bm=32, bk=256, br=br, warps=4, stages=4 if br == 16 else 3, splits=1)
+    elif drop:  # smaller row blocks: the mask takes registers
         tile = DownTile(bm=32, bk=128, br=br, warps=4, stages=6 if br == 16 else 4, splits=1)
     else:
         tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=5 if br == 16 else 4, splits=1)
@@ -151,7 +153,7 @@ def down(
     if m == 0 or rank == 0 or k == 0:
         words = mask(rng_state, m, emit_cols, keep) if rng_state is not None and emit_cols else None
         return x.new_zeros(m, rank), words
-    tile = tile or tile_for(m, k, rank, x.dtype, drop, x.device)
+    tile = tile or tile_for(m, k, rank, x.dtype, drop, emit_cols > 0, x.device)
     run, splits = launch.split_evenly(k, tile.bk, tile.splits)
     h = x.new_empty(m, rank)
     target = h if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)

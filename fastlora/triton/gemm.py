@@ -133,7 +133,7 @@ class GemmTile:
 
 
 @functools.cache
-def tile_for(m: int, rank: int, dtype: torch.dtype, device: torch.device) -> GemmTile:
+def tile_for(m: int, rank: int, dtype: torch.dtype, masked: bool, device: torch.device) -> GemmTile:
     """The tile for a problem, by arch, rows and rank."""
     if launch.interpreting():
         return GemmTile(32, 32, 32, warps=4, stages=1, group=2, halves=m > 64)
@@ -149,7 +149,7 @@ def tile_for(m: int, rank: int, dtype: torch.dtype, device: torch.device) -> Gem
     if major >= 9 and roomy:
         # The first rank block waits in shared memory beside three 48 KB stages and the staging of y: with more than
         # 16 ranks y is staged in halves. Without a low-rank term halves were measured faster anyway.
-        br = 16 if rank <= 16 else 32
+        br = launch.pick(rank, (16, 32) if masked else (16, 32, 64))
         return GemmTile(128, 256, 64, warps=8, stages=3, halves=rank == 0 or br > 16, br=br)
     return GemmTile(128, 128, 64 if roomy else 32, warps=8 if roomy else 4, stages=3)
 
@@ -171,7 +171,7 @@ def gemm(
         return y
     rank = h.shape[1] if h is not None and l is not None else 0
     low_rank = rank > 0
-    tile = tile or tile_for(m, rank, x.dtype, x.device)
+    tile = tile or tile_for(m, rank, x.dtype, words is not None, x.device)
 
     k_major = w.stride(1) == 1
     w_rows = w if k_major else w.t()

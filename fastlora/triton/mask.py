@@ -18,21 +18,15 @@ from . import launch
 
 
 @triton.jit
-def expand(words, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Mask words [ROWS, COLS / 32] -> bool [ROWS, COLS]."""
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bits, (ROWS, COLS)) != 0
-
-
-@triton.jit
 def load_mask(words, row0, col0, rows, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Bool [ROWS, COLS] of the mask at (row0, col0); col0 and COLS are multiples of 32. Past the edges: anything."""
+    """Bool [ROWS, COLS] of the mask at (row0, col0), multiples of 32 columns. Past the edges: anything."""
     WORDS: tl.constexpr = COLS // 32
     m = row0 + tl.arange(0, ROWS)
     word = col0 // 32 + tl.arange(0, WORDS)
     here = words + m.to(tl.int64)[:, None] * stride + word[None, :]
     tile = tl.load(here, mask=(m < rows)[:, None] & (word < stride)[None, :], other=0)
-    return expand(tile, ROWS, COLS)
+    bits = (tile[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, COLS)) != 0
 
 
 @triton.jit
@@ -49,36 +43,74 @@ def _round(c0, c1, c2, c3, key0, key1):
 
 
 @triton.jit
-def _push(bits, output, bump):
-    """Shift in the keep bits of both halves of one Philox output.
+def _calls(rng_state, row0, call0, ROWS: tl.constexpr, CALLS: tl.constexpr, STEP: tl.constexpr):
+    """The four output words of Philox4x32-7 for rows row0.. and calls call0, call0 + STEP, ..: each [ROWS, CALLS]."""
+    zero = tl.zeros((ROWS, CALLS), tl.uint32)
+    seed = tl.load(rng_state).to(tl.uint64, bitcast=True)
+    offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = zero + offset.to(tl.uint32), zero + (offset >> 32).to(tl.uint32)
+    c2 = zero + (call0 + tl.arange(0, CALLS) * STEP).to(tl.uint32)[None, :]
+    c3 = zero + (row0 + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
+    for _ in tl.static_range(7):
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, key0, key1)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
-    Adding 32768 - keep to a 15-bit number carries into bit 15 exactly when the number reaches keep: two comparisons in
-    one add. After sixteen pushes the low halves' bits stand in 0..15, the high halves' in 16..31, in order.
-    """
-    carried = (output & 0x7FFF7FFF) + bump
-    return (bits >> 1) | ((carried & 0x80008000) ^ 0x80008000)
+
+@triton.jit
+def _carry(output, bump):
+    """Bits 15 and 31 are set where the 15-bit numbers of ``output`` reach keep: adding 32768 - keep to both halves of
+    an output compares two numbers in one addition."""
+    return (output & 0x7FFF7FFF) + bump.to(tl.uint32) * 0x10001
+
+
+@triton.jit
+def _push(bits, output, bump):
+    """Shift in the keep bits of both halves: sixteen pushes leave the low halves' in 0..15, the high ones' above."""
+    return (bits >> 1) | ((_carry(output, bump) & 0x80008000) ^ 0x80008000)
+
+
+@triton.jit
+def _swap(x, mask, shift: tl.constexpr):
+    """Exchange the bits under ``mask`` with those ``shift`` above them."""
+    t = (x ^ (x >> shift)) & mask
+    return x ^ t ^ (t << shift)
 
 
 @triton.jit
 def make_words(rng_state, bump, row0, word0, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """The mask's words [ROWS, WORDS] at (row0, word0), int32. ``bump`` is 32768 - keep."""
-    zero = tl.zeros((ROWS, WORDS), tl.uint32)
-    row = zero + (row0 + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
-    call0 = zero + (word0 + tl.arange(0, WORDS)).to(tl.uint32)[None, :] * 4
-    seed = tl.load(rng_state).to(tl.uint64, bitcast=True)
-    offset = tl.load(rng_state + 1).to(tl.uint64, bitcast=True)
-    both = zero + bump.to(tl.uint32) * 0x10001
-    bits = zero
+    bits = tl.zeros((ROWS, WORDS), tl.uint32)
     for call in tl.static_range(4):
-        key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-        c0, c1 = zero + offset.to(tl.uint32), zero + (offset >> 32).to(tl.uint32)
-        c2, c3 = call0 + call, row
-        for _ in tl.static_range(7):
-            c0, c1, c2, c3 = _round(c0, c1, c2, c3, key0, key1)
-            key0 += 0x9E3779B9
-            key1 += 0xBB67AE85
-        bits = _push(_push(_push(_push(bits, c0, both), c1, both), c2, both), c3, both)
+        c0, c1, c2, c3 = _calls(rng_state, row0, word0 * 4 + call, ROWS, WORDS, 4)
+        bits = _push(_push(_push(_push(bits, c0, bump), c1, bump), c2, bump), c3, bump)
+    # Low and high halves decide neighbouring columns: a perfect shuffle of the word's two halves.
+    bits = _swap(_swap(_swap(_swap(bits, 0xFF00, 8), 0xF000F0, 4), 0xC0C0C0C, 2), 0x22222222, 1)
     return bits.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def make_tile(rng_state, bump, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Bool [ROWS, COLS] of the mask at (row0, col0), made where it is used: a thread's call decides 8 columns in a row,
+    so that no bit changes threads on its way to a tile loaded 16 bytes at a time."""
+    c0, c1, c2, c3 = _calls(rng_state, row0, col0 // 8, ROWS, COLS // 8, 1)
+    c0, c1, c2, c3 = _carry(c0, bump), _carry(c1, bump), _carry(c2, bump), _carry(c3, bump)
+    # join() appends a fastest dimension: nested so that the flattened order is word 0 low, word 0 high, word 1 low, ...
+    low = tl.join(tl.join(_bit15(c0), _bit15(c2)), tl.join(_bit15(c1), _bit15(c3)))
+    high = tl.join(tl.join(_bit31(c0), _bit31(c2)), tl.join(_bit31(c1), _bit31(c3)))
+    return tl.reshape(tl.join(low, high), (ROWS, COLS))
+
+
+@triton.jit
+def _bit15(carried):
+    return (carried & 0x8000) == 0
+
+
+@triton.jit
+def _bit31(carried):
+    return (carried & 0x80000000) == 0
 
 
 @triton.jit
