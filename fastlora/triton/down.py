@@ -122,7 +122,7 @@ def tile_for(
     elif br > 64:
         tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=3, splits=1)
     elif emit:  # long steps: more words are made while a step's bytes are on their way
-        tile = DownTile(bm=32, bk=256, br=br, warps=4, stages=4 if br == 16 else 3, splits=1)
+        tile = DownTile(bm=64, bk=256, br=br, warps=8, stages=3, splits=1)
     elif drop:  # smaller row blocks: the mask takes registers
         tile = DownTile(bm=32, bk=128, br=br, warps=4, stages=6 if br == 16 else 4, splits=1)
     else:

@@ -145,9 +145,10 @@ def tile_for(rank: int, dtype: torch.dtype, masked: bool, device: torch.device) 
         return WgradTile(bm=32, bn=32, br=min(br, 32), warps=4, stages=1, ctas=sms)
     if dtype is torch.float32:
         return WgradTile(bm=32, bn=64, br=min(br, 32), warps=4, stages=3, ctas=2 * sms)
+    stages = 4 if br <= 64 else 3
     if masked:
-        return WgradTile(bm=64, bn=128, br=br, warps=4, stages=4 if br <= 64 else 3, ctas=4 * sms)
-    return WgradTile(bm=64, bn=64, br=br, warps=4, stages=4, ctas=2 * sms)
+        return WgradTile(bm=32, bn=128, br=br, warps=4, stages=stages + 1, ctas=4 * sms)
+    return WgradTile(bm=64, bn=64, br=br, warps=4, stages=stages, ctas=sms)
 
 
 def wgrad(
