@@ -58,8 +58,12 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     for name, value in (("x", x), ("weight", weight)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}; accepted is a torch.Tensor")
+        if value.dtype not in _DTYPES:  # autocast must not turn quantised codes into numbers
+            raise ValueError(
+                f"{name}: got {value.dtype}; accepted are {', '.join(map(str, _DTYPES))}"
+            )
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if x.dtype != weight.dtype:
         raise ValueError(

@@ -10,6 +10,7 @@ tensor, however many layers share it), h, and the two-word dropout state; never 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class LoraLinearFunction(torch.autograd.Function):
         )
         low_rank = lora_a.shape[0] > 0 and keep > 0
         scale, scaling_tensor = _split_scaling(scaling, keep)
-        rows = x.to(dtype).reshape(-1, x.shape[-1])
+        rows = _rows(x, dtype)
 
         h = None
         if low_rank:
@@ -76,7 +77,7 @@ class LoraLinearFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, h, rng_state, scaling_tensor = ctx.saved_tensors
         need_x, _, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
         dtype, keep = ctx.dtype, ctx.keep
-        dy = grad.to(dtype).reshape(-1, grad.shape[-1])
+        dy = _rows(grad, dtype)
 
         g = words = None
         if ctx.low_rank and (need_x or need_a):
@@ -95,7 +96,7 @@ class LoraLinearFunction(torch.autograd.Function):
         want_a, want_b = need_a and ctx.low_rank, need_b and ctx.low_rank
         if want_a or want_b or need_bias:
             d_a, d_b, d_bias = ops.wgrad(
-                x.to(dtype).reshape(-1, x.shape[-1]) if want_a else None,
+                _rows(x, dtype) if want_a else None,
                 g if want_a else None,
                 dy if want_b or need_bias else None,
                 h if want_b else None,
@@ -119,6 +120,11 @@ class LoraLinearFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t [..., K] as [M, K]; M is spelled out, for -1 is ambiguous where K is 0."""
+    return t.to(dtype).reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _split_scaling(scaling: float | Tensor, keep: int) -> tuple[float, Tensor | None]:

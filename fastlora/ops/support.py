@@ -7,7 +7,7 @@ is asked for by name (it is a test tool there, far too slow to be a default). ``
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,17 +49,17 @@ def interpreting() -> bool:
 
 @functools.cache
 def triton_missing() -> str | None:
-    """Why Triton cannot be used at all, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
+    """Why Triton cannot be used at all, or None. Imports it: one that is found may still be broken."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # whatever a half-installed package raises
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
     return None
 
 
 def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | None:
     if row.min_capability is None:
         return None
-    if row.backend == "triton" and (reason := triton_missing()):
-        return reason
     if device.type == "cpu":
         if row.backend == "cuda":
             return "cuda kernels need a GPU tensor"
@@ -67,9 +67,11 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
             return "triton kernels need a GPU tensor (on CPU only with TRITON_INTERPRET=1)"
         if dtype is torch.bfloat16:
             return "Triton's interpreter computes bf16 dot products wrongly; use fp16 or fp32"
-        return None
+        return triton_missing()
     if device.type != "cuda":
         return f"no {row.backend} kernels for {device.type} tensors"
+    if row.backend == "triton" and (reason := triton_missing()):
+        return reason
     if row.backend == "cuda" and not _library.load(device):
         return _library.status().reason or f"the op library has no code for {device}"
     capability = torch.cuda.get_device_capability(device)

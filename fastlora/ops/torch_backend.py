@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     return reference.mask(rng_state, rows, cols, keep)
 
 
+def _autocast_off(like: Tensor) -> AbstractContextManager[object]:
+    """The ops choose their own dtypes: an autocast around them must not cast reference.py's fp32 products."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def down(
     x: Tensor,
     l: Tensor,
@@ -33,18 +42,25 @@ def down(
     if rng_state is not None:
         words = mask(rng_state, x.shape[0], emit_cols or x.shape[1], keep)
     count("down", "torch")
-    if emit_cols:
-        return reference.down(x, l, scaling, scale), words
-    return reference.down(x, l, scaling, scale, words), None
+    with _autocast_off(x):
+        if emit_cols:
+            return reference.down(x, l, scaling, scale), words
+        return reference.down(x, l, scaling, scale, words), None
 
 
-def gemm(*args: Any) -> Tensor:
+def gemm(x: Tensor, *rest: Any) -> Tensor:
     """``reference.gemm``."""
     count("gemm", "torch")
-    return reference.gemm(*args)
+    with _autocast_off(x):
+        return reference.gemm(x, *rest)
 
 
-def wgrad(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def wgrad(
+    x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``reference.wgrad``."""
     count("wgrad", "torch")
-    return reference.wgrad(*args)
+    like = x if x is not None else dy
+    assert like is not None
+    with _autocast_off(like):
+        return reference.wgrad(x, g, dy, h, *rest)

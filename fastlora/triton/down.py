@@ -109,7 +109,7 @@ class DownTile:
     splits: int
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def tile_for(
     m: int, k: int, rank: int, dtype: torch.dtype, drop: bool, emit: bool, device: torch.device
 ) -> DownTile:
@@ -172,7 +172,7 @@ def down(
         (launch.cdiv(m, tile.bm), launch.cdiv(rank, tile.br), splits),
         x.device,
         (
-            x, l, target, scaling, rng_state, words,
+            x, l, target, scaling, None if rng_state is None else rng_state.contiguous(), words,
             m, k, rank, *x.stride(), *l.stride(), m * rank, rank,
             scale, run, KEEP_ALL - keep, pitch,
         ),

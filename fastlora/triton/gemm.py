@@ -132,8 +132,10 @@ class GemmTile:
     br: int = 16  # rank block
 
 
-@functools.cache
-def tile_for(m: int, rank: int, dtype: torch.dtype, masked: bool, device: torch.device) -> GemmTile:
+@functools.lru_cache(1024)
+def tile_for(
+    m: int, rank: int, dtype: torch.dtype, crowded: bool, device: torch.device
+) -> GemmTile:
     """The tile for a problem, by arch, rows and rank."""
     if launch.interpreting():
         return GemmTile(32, 32, 32, warps=4, stages=1, group=2, halves=m > 64)
@@ -148,8 +150,9 @@ def tile_for(m: int, rank: int, dtype: torch.dtype, masked: bool, device: torch.
         return GemmTile(64, 128, 64, warps=4, stages=4 if roomy else 3)
     if major >= 9 and roomy:
         # The first rank block waits in shared memory beside three 48 KB stages and the staging of y: with more than
-        # 16 ranks y is staged in halves. Without a low-rank term halves were measured faster anyway.
-        br = launch.pick(rank, (16, 32) if masked else (16, 32, 64))
+        # 16 ranks y is staged in halves, and a mask or an fp32 factor to convert (crowded) leaves room for 32. Without
+        # a low-rank term halves were measured faster anyway.
+        br = launch.pick(rank, (16, 32) if crowded else (16, 32, 64))
         return GemmTile(128, 256, 64, warps=8, stages=3, halves=rank == 0 or br > 16, br=br)
     return GemmTile(128, 128, 64 if roomy else 32, warps=8 if roomy else 4, stages=3)
 
@@ -171,7 +174,8 @@ def gemm(
         return y
     rank = h.shape[1] if h is not None and l is not None else 0
     low_rank = rank > 0
-    tile = tile or tile_for(m, rank, x.dtype, words is not None, x.device)
+    crowded = words is not None or (l is not None and l.dtype != x.dtype)
+    tile = tile or tile_for(m, rank, x.dtype, crowded, x.device)
 
     k_major = w.stride(1) == 1
     w_rows = w if k_major else w.t()
@@ -194,7 +198,7 @@ def gemm(
         (ctas,),
         x.device,
         (
-            *operands, h, l, bias, words,
+            *operands, h, l, None if bias is None else bias.contiguous(), words,
             m, n, k, rank, *x.stride(), *w.stride(), y.stride(0),
             *(h.stride() if h is not None else (0, 0)), *(l.stride() if l is not None else (0, 0)),
             0 if words is None else words.shape[1],

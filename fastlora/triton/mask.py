@@ -124,8 +124,9 @@ def store_words(words, tile, row0, word0, rows, pitch, ROWS: tl.constexpr, WORDS
 
 @triton.jit
 def _mask_kernel(words, rng_state, bump, rows, pitch, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    row0 = tl.program_id(0) * ROWS
-    word0 = tl.program_id(1) * WORDS
+    across = tl.cdiv(pitch, WORDS)
+    row0 = tl.program_id(0) // across * ROWS
+    word0 = tl.program_id(0) % across * WORDS
     tile = make_words(rng_state, bump, row0, word0, ROWS, WORDS)
     store_words(words, tile, row0, word0, rows, pitch, ROWS, WORDS)
 
@@ -137,8 +138,8 @@ def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     if words.numel() == 0:
         return words
     row_block, word_block = 4, 64
-    grid = (launch.cdiv(rows, row_block), launch.cdiv(pitch, word_block))
-    arguments = (words, rng_state, KEEP_ALL - keep, rows, pitch)
+    grid = (launch.cdiv(rows, row_block) * launch.cdiv(pitch, word_block),)
+    arguments = (words, rng_state.contiguous(), KEEP_ALL - keep, rows, pitch)
     constants = dict(ROWS=row_block, WORDS=word_block)
     launch.run(_mask_kernel, grid, rng_state.device, arguments, constants, 4, 1)
     count("mask", "triton")

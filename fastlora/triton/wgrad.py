@@ -136,7 +136,7 @@ class WgradTile:
     ctas: int
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def tile_for(rank: int, dtype: torch.dtype, masked: bool, device: torch.device) -> WgradTile:
     """The tile for a rank and dtype."""
     br = launch.pick(rank, (16, 32, 64, 128))

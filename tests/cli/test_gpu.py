@@ -45,7 +45,7 @@ def test_trains_repeats_and_resumes_exactly(dtype: str, finetune_cli: Any, tmp_p
     assert result.exit_code == 0, result.output
     for step in (16, 24):
         shutil.rmtree(cut / "checkpoints" / f"step-{step:08d}")
-    result = finetune_cli("--resume", output=cut)
+    result = finetune_cli("--device", "cuda", "--resume", output=cut)
     assert result.exit_code == 0, result.output
     assert "resuming from step 8" in result.stdout
     assert losses(cut) == whole

@@ -80,7 +80,7 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) ->
     """Every tensor of ``got`` within ``tolerance`` of its fp64 truth, in the norm; NaN is never close."""
     for name, ours, exact in zip(NAMES, got, expected):
         assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
-        error = relative_error(ours, exact)
+        error = relative_error(ours.detach(), exact.detach())
         assert error <= tolerance, f"{name}: relative error {error:.3e}"
 
 

@@ -239,18 +239,21 @@ def test_fully_sharded_data_parallel(
 ) -> None:
     """What is sharded above a layer, or with it, is whole when it runs: fast. Adapters sharded on
     their own are whole only within their own forward, so PEFT's forward has to call it."""
+    from torch.distributed import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))  # also where there is a GPU
 
     model, ids = build("llama"), some_ids(rows=4)
     for block in model.get_base_model().model.layers:
         for layer in block.modules():
             if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer) and what != "blocks":
                 if what == "adapters":
-                    fully_shard(layer.lora_A["default"])
-                    fully_shard(layer.lora_B["default"])
-                fully_shard(layer)
-        fully_shard(block)
-    fully_shard(model)
+                    fully_shard(layer.lora_A["default"], mesh=mesh)
+                    fully_shard(layer.lora_B["default"], mesh=mesh)
+                fully_shard(layer, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     fastlora.reset_launches()
     loss_of(model, ids).backward()
     assert bool(fastlora.launches()) == (what != "adapters")

@@ -1,0 +1,181 @@
+"""Offsets, sizes and grids beyond what 32 (or 16) bits hold. See also tests/gpu's and tests/csrc's huge tests."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import ops, reference, rng
+from tests.faults.common import assert_right, operands, run_python, step
+
+BF16 = torch.bfloat16
+MAX_GRID_YZ = 65535
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """Every grid that would be launched; nothing runs, so that sizes cost nothing."""
+    pytest.importorskip("triton")
+    recorded = []
+    launch = importlib.import_module("fastlora.triton.launch")
+
+    def run(kernel, grid, *_):
+        assert all(0 < extent < 2**31 for extent in grid), grid
+        assert all(extent <= MAX_GRID_YZ for extent in grid[1:]), grid
+        recorded.append(grid)
+
+    monkeypatch.setattr(launch, "run", run)
+    return recorded
+
+
+def zeros(rows: int, cols: int) -> torch.Tensor:
+    return torch.zeros(1, 1).expand(rows, cols)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 2**28), (2**24, 1), (300, 2**22)])
+def test_grid_of_mask(grids, rows, cols):
+    triton = importlib.import_module("fastlora.triton")
+    triton.mask(torch.tensor([1, 2]), rows, cols, 20000)
+    assert grids
+
+
+@pytest.mark.parametrize(("m", "k", "r"), [(2**22, 8, 1), (1, 2**28, 512), (2**16, 64, 300)])
+@pytest.mark.parametrize("emit", [0, 2**27])
+def test_grid_of_down(grids, m, k, r, emit):
+    triton = importlib.import_module("fastlora.triton")
+    state = torch.tensor([1, 2])
+    triton.down(zeros(m, k), zeros(r, k), None, 1.0, state, 20000, emit if m == 1 else 0)
+    assert grids
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(2**22, 8, 8), (8, 2**28, 8), (8, 8, 2**22)])
+def test_grid_of_gemm_and_wgrad(grids, m, k, n):
+    triton = importlib.import_module("fastlora.triton")
+    x, dy = zeros(m, k), zeros(m, n)
+    triton.gemm(x, zeros(n, k), None, None, None, None)
+    triton.wgrad(x, zeros(m, 4), dy, zeros(m, 4), None, *[torch.float32] * 3)
+    assert grids
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strictly_triton():
+    with fastlora.backend("triton", strict=True):
+        yield
+    assert {backend for _, backend in fastlora.launches()} == {"triton"}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("strictly_triton")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_small_tensors_whose_strides_span_more_than_two_to_the_31(transposed):
+    """Few elements, far apart: row * pitch does not fit 32 bits even though every size is small."""
+    rows, pitch = 1100, 2**21
+    sea = torch.zeros(rows, pitch, device="cuda", dtype=BF16)
+    assert (rows - 1) * pitch > 2**31
+
+    def far_apart(height, width, column):
+        shape = (width, height) if transposed else (height, width)
+        view = sea[: shape[0], column : column + shape[1]].normal_()
+        return view.t() if transposed else view
+
+    # Transposed, the long dimension is the one that the products run over: x [64, 1100], W [72, 1100], ...
+    m, k, n, r = (64, rows, 72, 8) if transposed else (rows, 64, rows, 8)
+    x, w = far_apart(m, k, 0), far_apart(n, k, 4096)
+    a, b = far_apart(r, k, 8192).div_(8), far_apart(n, r, 12288)
+    dy = far_apart(m, n, 16384)
+    assert_right(x, w, a, b, dy)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("strictly_triton")
+def test_mask_of_a_very_long_row():
+    """2^28 columns need more blocks along a row than a grid's second axis has."""
+    state, cols = torch.tensor([7, 8], device="cuda"), 2**28
+    words = ops.mask(state, 2, cols, 20000)
+    expected = reference.mask(state, 2, 4096, 20000)
+    assert torch.equal(words[:, :128], expected)
+    share = (words[:, -4096:].long() & 1).float().mean()
+    assert 0.55 < share < 0.67 and not torch.equal(words[0, -128:], words[0, :128])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("strictly_triton")
+def test_dropout_over_a_very_long_row():
+    x, w, a, b = operands(2, 2**27 + 8, 1, 1, BF16, "cuda")
+    y, dx, *_ = step(x, torch.zeros_like(w), a, b, dropout_p=0.5)
+    assert torch.isfinite(y).all() and 0.45 < (dx == 0).float().mean() < 0.55
+
+
+@pytest.mark.huge
+@pytest.mark.usefixtures("strictly_triton")
+@pytest.mark.parametrize(("m", "k"), [(2**20, 2048), (2**20 + 3, 2080)])
+def test_dropout_beyond_two_to_the_31_elements(m, k):
+    """numel exactly 2^31, and above: forward and backward must see the mask of its written definition."""
+    x, w, a, b = operands(m, k, 16, 16, BF16, "cuda")
+    keep = rng.keep_threshold(0.5)
+    torch.manual_seed(9)
+    state = rng.draw_state("cuda")
+    torch.manual_seed(9)
+    y, dx, _, _ = step(x, torch.zeros_like(w), a, b, dropout_p=0.5)
+    top = reference.unpack_mask(reference.mask(state, 80, k, keep), k)
+    left = reference.unpack_mask(reference.mask(state, m, 32, keep), 32)
+    # With W = 0, dX is zero exactly where x was dropped (and where bf16 made the product zero: never here).
+    assert torch.equal(dx[:80] != 0, top)
+    assert torch.equal(dx[-70:, :32] != 0, left[-70:])
+    tail = torch.where(dx[-70:] != 0, x[-70:].double(), 0.0) * rng.keep_scale(keep)
+    expected = 0.5 * tail @ a.double().t() @ b.double().t()
+    torch.testing.assert_close(y[-70:].double(), expected, rtol=3e-2, atol=3e-2)
+
+
+LONG = """
+import sys, torch, fastlora
+m, k, n = map(int, sys.argv[1:])
+new = lambda *s: torch.randn(s, device="cuda", dtype=torch.bfloat16)
+x, w, b = new(m, k).requires_grad_(), new(n, k), new(n, 1).requires_grad_()
+a = new(1, k).requires_grad_()
+try:
+    with fastlora.backend("triton", strict=True):
+        y = fastlora.lora_linear(x, w, a, b, 0.5)
+        dx, db = torch.autograd.grad(y, (x, b), torch.ones_like(y))
+    torch.cuda.synchronize()
+except ValueError as refusal:  # a size beyond what the kernels can count is refused before any launch
+    print("refused:", refusal)
+    sys.exit()
+def check(name, got, want):
+    error = (got.double() - want).norm() / want.norm()
+    assert error < 2e-2, (name, error)
+with torch.no_grad():
+    w_eff = lambda cols: w[cols].double() + 0.5 * b[cols].double() @ a.double()
+    ends = lambda size: (slice(0, min(size, 300)), slice(max(size - 300, 0), size))
+    if k == 1:
+        for rows in ends(m):
+            for cols in ends(n):
+                check("y", y[rows, cols], x[rows].double() @ w_eff(cols).t())
+    if n == 1:
+        for rows in ends(m):
+            for cols in ends(k):
+                total = w[:, cols].double() + 0.5 * b.double() @ a[:, cols].double()
+                check("dX", dx[rows, cols], total.expand(dx[rows, cols].shape))
+    if m == 1 and k == 1:
+        h = 0.5 * (x.double() @ a.double().t())
+        for cols in ends(n):
+            check("dB", db[cols], h.expand(db[cols].shape))
+print("right")
+"""
+
+
+@pytest.mark.huge
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(2**31 - 5, 1, 1), (2**31 + 8, 1, 1), (1, 1, 2**31 + 8), (1, 2**31 + 8, 1)],
+)
+def test_more_than_two_to_the_31_rows_or_columns(m, k, n):
+    """Right, or refused by name; in a process of its own, since an illegal access would end this one's CUDA."""
+    output = run_python(LONG, str(m), str(k), str(n), timeout=400)
+    assert output == "right" or output.startswith("refused: "), output
