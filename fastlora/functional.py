@@ -9,6 +9,7 @@ from . import rng
 from .autograd import LoraLinearFunction
 from .ops.support import MAX_RANK
 
+_MAX_EXTENT = 2**31 - 1024  # rows and columns are counted in 32 bits, elements in 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -97,6 +98,11 @@ def _check(
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(
             f"x: got shape {tuple(x.shape)}; accepted is [..., {k}], for weight is [{n}, {k}]"
+        )
+    if max(x.numel() // k if k else 0, n, k) > _MAX_EXTENT:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)} for a weight of [{n}, {k}]; accepted are up to {_MAX_EXTENT} rows and "
+            "features: split the batch"
         )
     rank = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.ndim == 2 else "r"
     for name, value, shape in (
