@@ -7,6 +7,7 @@ import. ``FASTLORA_LIBRARY=/path/libfastlora.so`` loads that file instead of the
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import platform
@@ -70,7 +71,7 @@ def build_info() -> dict[str, Any]:
     info["library"] = str(now.path) if now.loaded else None
     info["reason"] = now.reason
     try:
-        from . import _core
+        _core: Any = importlib.import_module("._core", __package__)
     except ImportError:
         info["core"] = None
     else:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import rng
+from ._autocast import autocast_dtype
 from .autograd import LoraLinearFunction
 from .ops.support import MAX_RANK
 
@@ -34,7 +35,7 @@ def lora_linear(
         lora_b: [N, r], likewise.
         scaling: a float, or a 0-d tensor on x's device (read there: changing its value recompiles nothing).
         bias: [N] or None; a gradient is computed only where it requires one.
-        dropout_p: probability of dropping an element of x on the low-rank path (quantised to 1/65536).
+        dropout_p: probability of dropping an element of x on the low-rank path (quantised to 1/32768).
         training: dropout applies only when True.
 
     Returns:
@@ -46,7 +47,9 @@ def lora_linear(
     """
     dtype = _compute_dtype(x, weight)
     _check(x, weight, lora_a, lora_b, scaling, bias, dtype)
-    keep = rng.keep_threshold(dropout_p) if training else rng.KEEP_ALL
+    keep = rng.keep_threshold(dropout_p)
+    if not training:
+        keep = rng.KEEP_ALL
     dropping = 0 < keep < rng.KEEP_ALL
     rng_state = rng.draw_state(x.device) if dropping else None
     y: Tensor = LoraLinearFunction.apply(
@@ -63,13 +66,13 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
             raise ValueError(
                 f"{name}: got {value.dtype}; accepted are {', '.join(map(str, _DTYPES))}"
             )
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    wanted = autocast_dtype(x.device)
+    if wanted is not None and x.dtype != torch.float64:  # which autocast leaves alone
+        return wanted
     if x.dtype != weight.dtype:
         raise ValueError(
             f"x: got {x.dtype} where weight is {weight.dtype}; accepted is one dtype for both: cast x with "
-            f"x.to({weight.dtype}), or run under torch.autocast({device!r})"
+            f"x.to({weight.dtype}), or run under torch.autocast({x.device.type!r})"
         )
     return x.dtype
 
@@ -99,11 +102,14 @@ def _check(
         raise ValueError(
             f"x: got shape {tuple(x.shape)}; accepted is [..., {k}], for weight is [{n}, {k}]"
         )
-    if max(x.numel() // k if k else 0, n, k) > _MAX_EXTENT:
+    if n > _MAX_EXTENT or k > _MAX_EXTENT or x.numel() > _MAX_EXTENT * max(k, 1):
         raise ValueError(
             f"x: got shape {tuple(x.shape)} for a weight of [{n}, {k}]; accepted are up to {_MAX_EXTENT} rows and "
             "features: split the batch"
         )
+    accepted = (
+        (dtype, torch.float32) if autocast_dtype(x.device) is None else _DTYPES
+    )  # it casts any
     rank = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.ndim == 2 else "r"
     for name, value, shape in (
         ("lora_a", lora_a, (rank, k)),
@@ -117,10 +123,9 @@ def _check(
         if tuple(value.shape) != shape:
             wanted = ", ".join(map(str, shape))
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; accepted is [{wanted}]")
-        if value.dtype not in (x.dtype, dtype, torch.float32):
-            raise ValueError(
-                f"{name}: got {value.dtype}; accepted are {dtype} and torch.float32: cast it with .to()"
-            )
+        if value.dtype not in accepted:
+            names = ", ".join(map(str, accepted))
+            raise ValueError(f"{name}: got {value.dtype}; accepted are {names}: cast it with .to()")
         if value.device != x.device:
             raise ValueError(
                 f"{name}: is on {value.device}, x on {x.device}; move it with .to({str(x.device)!r})"
@@ -132,10 +137,15 @@ def _check(
     if isinstance(rank, int) and rank > MAX_RANK:
         raise ValueError(f"lora_a: got rank {rank}; accepted are 0 to {MAX_RANK}")
     if isinstance(scaling, Tensor):
-        if scaling.ndim != 0 or scaling.device != x.device or scaling.requires_grad:
+        if (
+            scaling.ndim != 0
+            or scaling.device != x.device
+            or scaling.requires_grad
+            or scaling.is_complex()
+        ):
             raise ValueError(
                 f"scaling: got a tensor of shape {tuple(scaling.shape)} on {scaling.device} (requires_grad="
-                f"{scaling.requires_grad}); accepted is a float, or a 0-d tensor on {x.device} that needs no grad"
+                f"{scaling.requires_grad}); accepted is a float, or a real 0-d tensor on {x.device} that needs no grad"
             )
     elif not isinstance(scaling, (int, float)):
         raise TypeError(
@@ -143,7 +153,8 @@ def _check(
         )
 
 
-# The same function as a torch op, so that exported programs keep it as one node. Composite: it has no formula of its own.
+# The same function as a torch op: called as such, an exported program keeps it as one node. Composite: it has no
+# formula of its own.
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _library.define(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, float scaling=1.0, Tensor? bias=None, "

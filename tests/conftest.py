@@ -43,7 +43,7 @@ def device() -> torch.device:
 
 @pytest.fixture(params=["torch", "triton"])
 def strict_backend(request: pytest.FixtureRequest, device: torch.device):  # type: ignore[no-untyped-def]
-    """Run the test once per backend, strictly; at the end something of that backend must have been launched."""
+    """Run the test once per backend, strictly; at the end nothing of another may have been launched."""
     name = request.param
     reason = fastlora.ops.support.miss("gemm", name, device, torch.float32, 16)
     if reason is not None:

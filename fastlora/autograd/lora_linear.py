@@ -1,4 +1,4 @@
-"""y = x W^T + bias + h B^T and its gradients, as fastlora/README states them.
+"""y = x W^T + bias + h B^T and its gradients, written like the formulas of README.md.
 
     forward   h  = s' drop(x) A^T                y  = x W^T + bias + h B^T
     backward  g  = s' dY B                       dX = dY W + mask * (g A)

@@ -75,8 +75,8 @@ def _sample_both(
     device: str,
     backend: str,
 ) -> tuple[str, str]:
-    import fastlora
-
+    from ..io import load_adapter
+    from ..ops import backend as backend_of_choice
     from ..training import base
     from ..training.sample import encode_prompt, generate
 
@@ -90,10 +90,10 @@ def _sample_both(
     tokenizer = base.load_tokenizer(model_path)
     ids = encode_prompt(prompt, tokenizer, chat)
     model = base.load_model(model_path, base.pick_dtype(dtype, where), where)
-    with contextlib.nullcontext() if backend == "auto" else fastlora.backend(backend):
+    with contextlib.nullcontext() if backend == "auto" else backend_of_choice(backend):
         base_text = generate(model, tokenizer, ids, sampling)
         try:
-            adapted = fastlora.load_adapter(model, adapter)
+            adapted = load_adapter(model, adapter)
         except (ValueError, NotImplementedError, OSError) as error:
             raise InputError(
                 f"--adapter {adapter} does not fit --model {model_path}: {error}"

@@ -116,6 +116,11 @@ def _readable(init: bool | str, weight: Tensor | None, r: int) -> Tensor:
 
 
 def _split(init: str, weight: Tensor, r: int, scaling: float) -> Factors:
+    if not 0 < scaling < math.inf:
+        raise ValueError(
+            f"lora_alpha: gives a scaling of {scaling} with init_lora_weights={init!r}, which divides by it; accepted "
+            "is a positive, finite lora_alpha"
+        )
     full = weight.to(torch.float32)
     if init == "olora":
         q, upper = torch.linalg.qr(full)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._autocast import autocast_dtype
 from ..functional import lora_linear
 from .base import LoRALayer
 
@@ -152,9 +153,7 @@ class LoRALinear(LoRALayer):
     def _fused_dtype(x: Tensor, a: Tensor) -> bool:
         """Adapters below x's precision (cast to bf16 in an fp32 model) go through plain torch."""
         return (
-            a.dtype == torch.float32
-            or a.dtype == x.dtype
-            or torch.is_autocast_enabled(x.device.type)
+            a.dtype == torch.float32 or a.dtype == x.dtype or autocast_dtype(x.device) is not None
         )
 
     def extra_repr(self) -> str:

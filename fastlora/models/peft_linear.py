@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._autocast import autocast_dtype
 from ..functional import lora_linear
 from ..layers.plain import FLOATS, is_undisturbed
 from ..ops.support import MAX_RANK
@@ -159,7 +160,7 @@ def _call_obstacle(layer: Any, parts: _Parts, x: Any) -> str | None:
         return "an input that the base itself will refuse or treat in its own way"
     if b.dtype != a.dtype:
         return "adapter dtypes"
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device) is not None:
         return None
     if dtype != weight.dtype or (bias is not None and bias.dtype != dtype):
         return "mixed base dtypes"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .._autocast import autocast_dtype
 from . import support
 
 
@@ -52,11 +52,13 @@ def explain(layer: Any, x: Tensor) -> str:
     weight, rank = _weight_and_rank(layer)
     n, k = weight.shape
     rows = x.numel() // k if k else 0
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x.device) or x.dtype)
     wish = support.preference()
     preference = f", prefers {wish.name}{' (strict)' if wish.strict else ''}" if wish.name else ""
-    lines = [
+    lines = []
+    if type(layer).__module__.startswith("peft."):
+        lines.append("PEFT's own forward runs here; fastlora.accelerate would make it:")
+    lines += [
         f"{type(layer).__name__}: M={rows} K={k} N={n} r={rank} {x.dtype} on {x.device}{preference}"
     ]
     if rank:

@@ -70,6 +70,8 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
         return triton_missing()
     if device.type != "cuda":
         return f"no {row.backend} kernels for {device.type} tensors"
+    if torch.version.hip is not None:
+        return "the kernels are written and tested for NVIDIA GPUs"
     if row.backend == "triton" and (reason := triton_missing()):
         return reason
     if row.backend == "cuda" and not _library.load(device):

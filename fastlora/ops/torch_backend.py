@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
+from .._autocast import autocast_dtype
 from .._counters import count
 
 
@@ -22,10 +23,9 @@ def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
 
 def _autocast_off(like: Tensor) -> AbstractContextManager[object]:
     """The ops choose their own dtypes: an autocast around them must not cast reference.py's fp32 products."""
-    device = like.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    if autocast_dtype(like.device) is None:
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def down(

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-import fastlora
-
+from .. import __version__
 from . import base
 from .config import CHANGEABLE_ON_RESUME, FinetuneConfig, option
 from .errors import InputError, RunError
@@ -107,7 +106,7 @@ def run_facts(config: FinetuneConfig) -> dict[str, Any]:
         },
         "model_files": base.fingerprint(config.model),
         "versions": {
-            "fastlora": fastlora.__version__,
+            "fastlora": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

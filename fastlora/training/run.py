@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-import fastlora
-
+from ..methods import LoraConfig
+from ..models import PeftModel, get_peft_model
+from ..ops import backend as backend_of_choice
 from . import base
 from .blocks import Data, prepare_data
 from .config import FinetuneConfig
@@ -70,7 +71,7 @@ def finetune(
 
 
 def _preferring(backend: str) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if backend == "auto" else fastlora.backend(backend)
+    return contextlib.nullcontext() if backend == "auto" else backend_of_choice(backend)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -112,7 +113,7 @@ def _run(
     return Session(config, device, dtype, display, out, tokenizer, data, lm).go(resume)
 
 
-def _adapt(model: Any, config: FinetuneConfig, data: Data) -> fastlora.PeftModel:
+def _adapt(model: Any, config: FinetuneConfig, data: Data) -> PeftModel:
     """Check that data and options fit the model, and add the adapter."""
     name = type(model).__name__
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -134,7 +135,7 @@ def _adapt(model: Any, config: FinetuneConfig, data: Data) -> fastlora.PeftModel
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
     _seed(config.seed)  # loading may draw; the adapter's initial values depend on the seed alone
     try:
-        lora = fastlora.LoraConfig(
+        lora = LoraConfig(
             r=config.r,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
@@ -143,7 +144,7 @@ def _adapt(model: Any, config: FinetuneConfig, data: Data) -> fastlora.PeftModel
             task_type="CAUSAL_LM",
             base_model_name_or_path=str(Path(config.model).resolve()),
         )
-        adapted = fastlora.get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"the adapter cannot be added to {config.model}: {error}") from error
     for parameter in adapted.parameters():

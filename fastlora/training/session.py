@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-import fastlora
-
+from ..io import save_adapter
 from ..io.checkpoint import latest_checkpoint
 from .base import CausalLM
 from .blocks import Data
@@ -166,7 +165,7 @@ class Session:
                 extra = {"loss_before": self.loss_before, "sample_before": self.sample_before}
                 self.trainer.save(self.out.checkpoints, extra)
             if self.exported_step != step:
-                fastlora.save_adapter(self.lm.model, self.out.adapter)
+                save_adapter(self.lm.model, self.out.adapter)
                 self.exported_step = step
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) in _DISK_FULL or "os error 28" in str(error)

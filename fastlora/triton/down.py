@@ -11,7 +11,7 @@ Dropout's arithmetic hides behind the memory traffic. DROP: the mask of each x t
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -40,7 +40,7 @@ def _down_kernel(
     r = rank0 + tl.arange(0, BR)
     k = tl.arange(0, BK)
     begin = split * run
-    end = tl.minimum(begin + run, K)
+    end = begin + tl.minimum(run, K - begin)
 
     # Rows past the end are clamped, not masked: they compute values nobody stores.
     x_rows = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * stride_xm
@@ -111,29 +111,36 @@ class DownTile:
 
 @functools.lru_cache(1024)
 def tile_for(
-    m: int, k: int, rank: int, dtype: torch.dtype, drop: bool, emit: bool, device: torch.device
+    m: int,
+    k: int,
+    rank: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    drop: bool,
+    emit: bool,
+    device: torch.device,
 ) -> DownTile:
-    """The tile for a problem: enough CTAs to fill the GPU, enough bytes in flight in each to saturate memory."""
+    """The tile for a problem (``dtypes`` of x and l): CTAs to fill the GPU, bytes in flight to saturate memory."""
     br = launch.pick(rank, (16, 32, 64, 128))
     if launch.interpreting():
-        tile = DownTile(bm=16, bk=32, br=min(br, 32), warps=4, stages=1, splits=1)
-    elif dtype is torch.float32:
-        tile = DownTile(bm=32, bk=32, br=min(br, 32), warps=4, stages=3, splits=1)
-    elif br > 64:
-        tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=3, splits=1)
+        bm, bk, br, warps, stages = 16, 32, min(br, 32), 4, 1
+    elif dtypes[0] is torch.float32:
+        bm, bk, br, warps, stages = 32, 32, min(br, 32), 4, 3
     elif emit:  # long steps: more words are made while a step's bytes are on their way
-        tile = DownTile(bm=64, bk=256, br=br, warps=8, stages=3, splits=1)
+        bm, bk, warps, stages = 64, 256 if br < 64 else 128, 8, 3
     elif drop:  # smaller row blocks: the mask takes registers
-        tile = DownTile(bm=32, bk=128, br=br, warps=4, stages=6 if br == 16 else 4, splits=1)
+        bm, bk, warps, stages = 32, 128, 4, 6
     else:
-        tile = DownTile(bm=64, bk=128, br=br, warps=4, stages=5 if br == 16 else 4, splits=1)
+        bm, bk, warps, stages = 64, 128, 4, 5
     if m <= 16:
-        tile = replace(tile, bm=16)
-    ctas = launch.cdiv(m, tile.bm) * launch.cdiv(rank, tile.br)
+        bm = 16
+    if not launch.interpreting():
+        step = bk * (bm * dtypes[0].itemsize + br * dtypes[1].itemsize)
+        stages = launch.stages_that_fit(stages, step, device)
+    ctas = launch.cdiv(m, bm) * launch.cdiv(rank, br)
     splits = launch.multiprocessors(device) // max(ctas, 1)
     if not launch.interpreting():  # a run of K shorter than four steps is not worth a second launch
-        splits = min(splits, k // (4 * tile.bk), 32)
-    return replace(tile, splits=max(1, splits))
+        splits = min(splits, k // (4 * bk), 32)
+    return DownTile(bm, bk, br, warps, stages, max(1, splits))
 
 
 def down(
@@ -153,7 +160,7 @@ def down(
     if m == 0 or rank == 0 or k == 0:
         words = mask(rng_state, m, emit_cols, keep) if rng_state is not None and emit_cols else None
         return x.new_zeros(m, rank), words
-    tile = tile or tile_for(m, k, rank, x.dtype, drop, emit_cols > 0, x.device)
+    tile = tile or tile_for(m, k, rank, (x.dtype, l.dtype), drop, emit_cols > 0, x.device)
     run, splits = launch.split_evenly(k, tile.bk, tile.splits)
     h = x.new_empty(m, rank)
     target = h if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)

@@ -139,8 +139,7 @@ def tile_for(
     """The tile for a problem, by arch, rows and rank."""
     if launch.interpreting():
         return GemmTile(32, 32, 32, warps=4, stages=1, group=2, halves=m > 64)
-    major, minor = launch.capability(device)
-    roomy = (major, minor) in ((8, 0), (9, 0), (10, 0), (10, 3))  # 160 KB of shared memory a CTA
+    roomy = launch.shared_memory(device) > 160 * 1024
     if dtype is torch.float32:
         return GemmTile(64, 64, 32, warps=4, stages=3)
     if m <= 64:
@@ -148,7 +147,7 @@ def tile_for(
         return GemmTile(rows, 64, 128 if roomy else 64, warps=4, stages=4 if roomy else 3)
     if m <= 512:
         return GemmTile(64, 128, 64, warps=4, stages=4 if roomy else 3)
-    if major >= 9 and roomy:
+    if roomy and launch.capability(device) >= (9, 0):
         # The first rank block waits in shared memory beside three 48 KB stages and the staging of y: with more than
         # 16 ranks y is staged in halves, and a mask or an fp32 factor to convert (crowded) leaves room for 32. Without
         # a low-rank term halves were measured faster anyway.

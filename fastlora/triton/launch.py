@@ -73,11 +73,31 @@ def _on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a CTA may take: 163 KB on sm_80, 227 KB on sm_90 and sm_100, 99 KB on the others."""
+    kilobytes = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+    return 1024 * kilobytes.get(capability(device), 99)
+
+
+def stages_that_fit(wanted: int, bytes_per_stage: int, device: torch.device) -> int:
+    """Pipeline depth: ``wanted``, or what shared memory holds beside 8 KB of scratch; at least two."""
+    return max(2, min(wanted, (shared_memory(device) - 8192) // bytes_per_stage))
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """fp32 products are fp32 unless torch's own switch allows tf32; 16-bit inputs ignore it."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if dtype is torch.float32 and _tf32_allowed():
         return "tf32"
     return "ieee"
+
+
+def _tf32_allowed() -> bool:
+    """Torch has two switches, and refuses to read the old one after the new one was set."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def describable(t: Tensor) -> bool:
@@ -116,5 +136,7 @@ __all__ = [
     "multiprocessors",
     "pick",
     "run",
+    "shared_memory",
     "split_evenly",
+    "stages_that_fit",
 ]

@@ -37,7 +37,7 @@ def _partial(
     n = col0 + tl.arange(0, BN)
     r = rank0 + tl.arange(0, BR)
     begin = split * run
-    end = tl.minimum(begin + run, M)
+    end = begin + tl.minimum(run, M - begin)
 
     v_cols = v + n.to(tl.int64)[None, :] * stride_vn
     u_cols = u + r.to(tl.int64)[None, :] * stride_ur

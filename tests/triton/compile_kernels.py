@@ -1,0 +1,108 @@
+"""Compiles the launches of one op for one architecture, without a GPU: run by test_compile.py in a process of its own,
+because there Triton must not interpret. Prints a line per kernel: name, rank, shared memory and spills in bytes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.triton import down, gemm, launch, wgrad
+
+NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+CAPABILITY = int(sys.argv[2])
+
+
+def signature(argument: Any) -> str:
+    if isinstance(argument, torch.Tensor):
+        return f"*{NAMES[argument.dtype]}"
+    if isinstance(argument, TensorDescriptor):
+        return f"tensordesc<{NAMES[argument.base.dtype]}{argument.block_shape}>"
+    if argument is None or argument == 1:
+        return "constexpr"
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+def compile_instead(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+) -> None:
+    names = kernel.arg_names
+    kinds = dict(zip(names, map(signature, arguments), strict=False))
+    fixed = {n: a for n, a in zip(names, arguments, strict=False) if kinds[n] == "constexpr"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, a in enumerate(arguments)
+        if isinstance(a, torch.Tensor) or (type(a) is int and a % 16 == 0)
+    }
+    source = ASTSource(
+        kernel, kinds | dict.fromkeys(constants, "constexpr"), fixed | constants, aligned
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    rank = arguments[names.index("R")]
+    print(kernel.__name__, rank, built.metadata.shared, spilled(built.asm["ptx"]))
+
+
+def spilled(ptx: str) -> int:
+    """Bytes ptxas spills, by its own report."""
+    name = "ptxas-blackwell" if CAPABILITY >= 100 else "ptxas"
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    suffix = "a" if CAPABILITY >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        command = [ptxas, "-v", f"-arch=sm_{CAPABILITY}{suffix}", file, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
+
+
+def main() -> None:
+    launch.capability = lambda device: divmod(CAPABILITY, 10)  # type: ignore[assignment]
+    launch.multiprocessors = lambda device: 132  # type: ignore[assignment]
+    launch.run = compile_instead
+    op, dtype = sys.argv[1], getattr(torch, sys.argv[3])
+    m, k, n = 8192, 4096, 4096
+    empty = torch.empty
+    state, words = empty(2, dtype=torch.int64), empty(m, k // 32, dtype=torch.int32)
+    x, w = empty(m, k, dtype=dtype), empty(n, k, dtype=dtype)
+    for r, factors in ((16, dtype), (64, dtype), (64, torch.float32), (256, torch.float32)):
+        a, b = empty(r, k, dtype=factors), empty(n, r, dtype=factors)
+        h = empty(m, r, dtype=dtype)
+        if op == "down":
+            down(x, a, None, 0.5, None, 32768, 0)
+            down(x, a, None, 0.5, state, 31000, 0)
+            down(x, b.t(), None, 0.5, state, 31000, k)
+        elif op == "gemm":
+            gemm(x, w, h, b, None, None)
+            gemm(x, w.t(), h, a.t(), None, words)
+        else:
+            wgrad(x, h, x, h, words, factors, factors, None)
+            wgrad(x, h, x, h, None, factors, factors, factors)
+    if op == "gemm":
+        gemm(x, w, None, None, None, None)
+        for rows in (1, 64, 256):  # the few-row tiles
+            gemm(x[:rows], w, h[:rows], b, None, None)
+
+
+main()

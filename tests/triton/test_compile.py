@@ -1,0 +1,37 @@
+"""Every kernel compiles for every architecture it is advertised for, with the tiles its plan picks: within that GPU's
+shared memory, and without spills on the architecture it is tuned for. No GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a CTA may have
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("op", ["down", "gemm", "wgrad"])
+def test_compiles(op: str, capability: int) -> None:
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[2]
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
+    result = subprocess.run(
+        [sys.executable, script, op, str(capability), "bfloat16"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    kernels = [line.split() for line in result.stdout.splitlines()]
+    assert len(kernels) >= 8
+    for name, rank, shared, spilled in kernels:
+        where = f"{name} at rank {rank}"
+        assert int(shared) <= SHARED[capability], f"{where} takes {shared} bytes of shared memory"
+        if capability == 90 and int(rank) <= 64:
+            assert int(spilled) == 0, f"{where} spills {spilled} bytes"
