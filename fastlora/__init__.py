@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .functional import lora_linear  # also registers the ops, which a saved exported program needs
-
 __version__ = "0.1.0"
 
 # Public name -> the module that holds it. Loaded on first use, so that an import costs torch and nothing else.
 _EXPORTS = {
+    "lora_linear": "functional",
     "backend": "ops",
     "explain": "ops",
     "launches": "_counters",
@@ -33,6 +32,7 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from ._counters import launches, reset_launches
     from ._library import build_info
+    from .functional import lora_linear
     from .io import load_adapter, save_adapter
     from .layers import LoRALinear
     from .methods import LoraConfig

@@ -41,6 +41,8 @@ def lora_linear(
     Returns:
         y [..., N] in the compute dtype (x's, or autocast's).
 
+    Exported programs hold fastlora's ops: ``import fastlora.functional`` registers them where one is loaded.
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
         RuntimeError: ``weight`` requires grad; or, in backward, a second derivative is asked for.

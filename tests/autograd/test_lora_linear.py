@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -238,6 +240,26 @@ def test_exports(device, form):
     assert ("fastlora.lora_linear.default" in targets) == (form == "op")
     for count in (12, 5):
         torch.testing.assert_close(program.module()(x[:count]), call(x[:count], w, a, b, 0.5))
+
+
+def test_an_exported_program_loads_in_another_process(tmp_path):
+    x, w, a, b = (t.detach() for t in operands())
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return fastlora.lora_linear(x, w, a, b, 0.5)
+
+    torch.export.save(torch.export.export(Layer(), (x,)), tmp_path / "layer.pt2")
+    torch.save(x, tmp_path / "x.pt")
+    program = (
+        "import sys, torch, fastlora.functional\n"
+        "x = torch.load(sys.argv[1] + '/x.pt', weights_only=True)\n"
+        "y = torch.export.load(sys.argv[1] + '/layer.pt2').module()(x)\n"
+        "torch.save(y, sys.argv[1] + '/y.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    got = torch.load(tmp_path / "y.pt", weights_only=True)
+    torch.testing.assert_close(got, fastlora.lora_linear(x, w, a, b, 0.5))
 
 
 def test_a_scaling_tensor_is_read_at_run_time(device):
