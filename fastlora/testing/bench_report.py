@@ -77,7 +77,7 @@ def markdown(report: Report) -> str:
         ),
         "",
         f"Contenders interleaved in {rule.rounds} rounds of shuffled order, {report.flush_bytes / 2**20:.0f} MiB "
-        "written before each timed call to flush the caches. A cell is the median of the per-round ratios to "
+        "written before each timed call to flush the caches, the host far ahead. A cell is the median of the per-round ratios to "
         f"`{BASE}` with its bootstrap {rule.confidence:.0%} interval. Written by `python -m benchmarks.bench_linear`.",
         "",
     ]
