@@ -146,7 +146,10 @@ class LoRALayer(nn.Module):
         return a, b, residual
 
     def reset_adapters(self) -> None:
-        """Initialise every adapter again from its own settings (after ``to_empty``, say)."""
+        """Initialise every adapter again from its own settings (after ``to_empty``, say).
+
+        PiSSA and OLoRA split the base weight: its original values must be in place, not a residual.
+        """
         for name, r in self.r.items():
             scaling = self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
             a, b, residual = self._factors(self.init_lora_weights[name], r, scaling)
