@@ -1,8 +1,9 @@
 """gemm: y = x w^T + bias + drop(h l^T), the frozen product with its K loop extended by the rank.
 
 Persistent: one CTA per SM walks BM x BN output tiles in groups of rows, fp32 accumulator, one rounding. On sm_90 and
-newer x, w and y move through tensor descriptors (TMA), whose edges are clipped by hardware, and the pipeline runs on
-across tiles; elsewhere, or for tensors no descriptor can name, the same loop loads through pointers with any strides.
+newer x, w and y move through tensor descriptors (TMA), whose edges are clipped by hardware (and without a low-rank term
+the pipeline runs on across tiles); elsewhere, or for tensors no descriptor can name, the same loop loads through
+pointers with any strides.
 w may be K-major (y = x W^T) or MN-major (dX = dY W): the tile is loaded as it lies, no transposed copy. The low-rank
 operands h and l are small and always come through pointers. With dropout the mask belongs to h l^T alone, so the
 accumulator starts from mask * (h l^T) and the main loop adds to it.
