@@ -88,8 +88,6 @@ def _check(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    if dtype not in _DTYPES:
-        raise ValueError(f"x: got {dtype}; accepted are {', '.join(map(str, _DTYPES))}")
     if weight.ndim != 2:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}; accepted is [N, K], as in nn.Linear"
@@ -109,9 +107,8 @@ def _check(
             f"x: got shape {tuple(x.shape)} for a weight of [{n}, {k}]; accepted are up to {_MAX_EXTENT} rows and "
             "features: split the batch"
         )
-    accepted = (
-        (dtype, torch.float32) if autocast_dtype(x.device) is None else _DTYPES
-    )  # it casts any
+    # Autocast casts whatever it meets; without it, only fp32 master weights may differ from x.
+    accepted = (dtype, torch.float32) if autocast_dtype(x.device) is None else _DTYPES
     rank = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.ndim == 2 else "r"
     for name, value, shape in (
         ("lora_a", lora_a, (rank, k)),
