@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .rng import mask_shape
+
 TORCH_MINIMUM = (2, 10)
 
 
@@ -170,4 +172,4 @@ def _explained(path: Path, record: dict[str, Any], error: Exception) -> str:
 
 
 def _fake_dropout_mask(rng_state: torch.Tensor, rows: int, cols: int, keep: int) -> torch.Tensor:
-    return rng_state.new_empty((rows, (cols + 31) // 32), dtype=torch.int32)
+    return rng_state.new_empty(mask_shape(rows, cols), dtype=torch.int32)

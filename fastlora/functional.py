@@ -35,7 +35,8 @@ def lora_linear(
         lora_b: [N, r], likewise.
         scaling: a float, or a 0-d tensor on x's device (read there: changing its value recompiles nothing).
         bias: [N] or None; a gradient is computed only where it requires one.
-        dropout_p: probability of dropping an element of x on the low-rank path (quantised to 1/32768).
+        dropout_p: probability of dropping an element of x on the low-rank path (rounded to a short binary
+            fraction, see ``fastlora.rng.keep_threshold``).
         training: dropout applies only when True.
 
     Returns:

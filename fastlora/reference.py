@@ -6,7 +6,7 @@ are the ``torch`` backend. Shapes: x [M, K], w [N, K], lora_a [r, K], lora_b [N,
     down   h  = scale * drop(x) l^T               [M, r]
     gemm   y  = x w^T + bias + drop(h l^T)        [M, N]
     wgrad  dA = g^T drop(x) [r, K],  dB = dy^T h [N, r],  dbias = sum_m dy [N]
-    mask   the dropout mask of ``fastlora.rng``, as words [M, ceil(K / 32)] that the other three take
+    mask   the dropout mask of ``fastlora.rng``, as words that the other three take
 """
 
 from __future__ import annotations
@@ -51,23 +51,28 @@ def philox(rng_state: Tensor, rows: int, calls: int) -> Tensor:
 
 
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
-    """The dropout mask of ``fastlora.rng``: int32 [rows, ceil(cols / 32)], a set bit where the column is kept."""
-    pitch = (cols + 31) // 32
-    outputs = philox(rng_state, rows, 4 * pitch)
-    numbers = torch.stack((outputs & 0x7FFF, (outputs >> 16) & 0x7FFF), dim=-1)
-    kept = (numbers.view(rows, pitch, 32) < keep).long()
-    words = (kept << torch.arange(32, device=rng_state.device)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    """The dropout mask of ``fastlora.rng``: int32 words of ``rng.mask_shape``, a set bit where an element is kept."""
+    unit_rows, unit_cols = rng.mask_shape(rows, cols)
+    planes = philox(rng_state, unit_rows, 4 * unit_cols).view(unit_rows, unit_cols, 16)
+    carry = torch.zeros_like(planes[:, :, 0])
+    for i in range(16):  # number + keep, 32 elements at a time
+        plane = planes[:, :, i]
+        carry = (plane | carry) if keep >> i & 1 else (plane & carry)
+    if keep == rng.KEEP_ALL:
+        carry = torch.full_like(carry, _MASK32)
+    return torch.where(carry >= 2**31, carry - 2**32, carry).to(torch.int32)
 
 
-def unpack_mask(words: Tensor, cols: int) -> Tensor:
-    """Mask words int32 [rows, ceil(cols / 32)] -> bool [rows, cols]."""
-    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
-    return bits.flatten(1)[:, :cols].bool()
+def unpack_mask(words: Tensor, rows: int, cols: int) -> Tensor:
+    """Mask words -> bool [rows, cols]."""
+    unit_rows, unit_cols = words.shape
+    element = torch.arange(32, dtype=torch.int32, device=words.device).view(4, 1, 1, 8)
+    bits = (words.view(unit_rows // 8, 1, 8, unit_cols, 1) >> element) & 1
+    return bits.view(4 * unit_rows, 8 * unit_cols)[:rows, :cols].bool()
 
 
 def _drop(x: Tensor, words: Tensor | None) -> Tensor:
-    return x if words is None else torch.where(unpack_mask(words, x.shape[1]), x, 0)
+    return x if words is None else torch.where(unpack_mask(words, *x.shape), x, 0)
 
 
 # ---- the three op families -----------------------------------------------------------------------------------

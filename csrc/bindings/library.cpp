@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
-  // int32 [rows, ceil(cols / 32)]: the mask words of the dropout state int64 [2] (seed, offset),
-  // which keeps keep / 32768 of the elements
+  // int32 [8 ceil(rows / 32), ceil(cols / 8)]: the mask words of the dropout state int64 [2] (seed,
+  // offset), which keeps keep / 65536 of the elements
   m.def("_dropout_mask(Tensor rng_state, int rows, int cols, int keep) -> Tensor");
 }

@@ -16,18 +16,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMaxRows = int64_t{1} << 32;  // a row is one 32-bit counter word,
-constexpr int64_t kMaxCols = int64_t{1} << 35;  // a Philox call, for 8 columns, another
+constexpr int64_t kMaxRows = int64_t{1} << 32;  // 8 unit rows for 32 rows, and 4 Philox calls for
+constexpr int64_t kMaxCols = int64_t{1} << 33;  // 8 columns, are each counted in 32 bits
 
 Tensor allocate(const Tensor& rng_state, int64_t rows, int64_t cols, int64_t keep) {
   check(
       rng_state.scalar_type() == ScalarType::Long && rng_state.numel() == 2 && rng_state.dim() == 1,
       "_dropout_mask: rng_state must be an int64 tensor of 2 elements (seed, offset)");
   check(0 <= rows && rows <= kMaxRows, "_dropout_mask: rows must be in 0..2^32, got ", rows);
-  check(0 <= cols && cols <= kMaxCols, "_dropout_mask: cols must be in 0..2^35, got ", cols);
+  check(0 <= cols && cols <= kMaxCols, "_dropout_mask: cols must be in 0..2^33, got ", cols);
   check(0 <= keep && keep <= kKeepAll, "_dropout_mask: keep must be in 0..", kKeepAll, ", got ",
         keep);
-  const int64_t size[] = {rows, ceil_div(cols, 32)};
+  const int64_t size[] = {8 * ceil_div(rows, 32), ceil_div(cols, 8)};
   return torch::stable::empty({size, 2}, ScalarType::Int, std::nullopt, rng_state.device());
 }
 
@@ -45,7 +45,7 @@ Tensor on_cpu(const Tensor& rng_state, int64_t rows, int64_t cols, int64_t keep)
   const DropoutMask params = params_of(rng_state, words, keep);
   constexpr int64_t kGrain = 1024;  // words: some 20 us of work, more than waking a thread costs
   torch::stable::parallel_for(
-      0, params.rows * params.pitch, kGrain,
+      0, params.unit_rows * params.unit_cols, kGrain,
       [&](int64_t begin, int64_t end) { dropout_mask_cpu(params, begin, end); });
   return words;
 }

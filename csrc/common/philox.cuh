@@ -3,11 +3,14 @@
 // kernel draws the same mask.
 //
 // A mask element is a pure function of (seed, offset, row, column) and of nothing else: not of the
-// tile, the grid or the device:
-//   key = seed, low word first          counter = (offset low, offset high, c = column / 8, row)
-//   output w decides two columns with 15-bit numbers: its low half column 8 c + 2 w, its high half
-//   column 8 c + 2 w + 1; a column is kept when its number is below `keep` (0..32768)
-// Masks are held 32 columns to a word, bit b of word a for column 32 a + b: four calls a word.
+// tile, the grid or the device. It is made in units of 32 elements: 8 neighbouring columns
+// (8 c + j) of the 4 rows 32 R + 8 i + s, element b = 8 i + j, from sixteen bit planes:
+//   key = seed, low word first
+//   counter = (offset low, offset high, 4 c + q, 8 R + s), q = 0..3
+//   output w of call q is plane k = 4 q + w
+//   bit b of plane k is bit k of element b's 16-bit number
+// An element is kept when number + keep carries out of sixteen bits, keep being 0..65536.
+// Between kernels a mask travels as words, one a unit: word (8 R + s, c).
 #pragma once
 
 #include "common/index.cuh"
@@ -18,7 +21,7 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-constexpr uint32_t kKeepAll = 32768;
+constexpr uint32_t kKeepAll = 65536;
 
 FASTLORA_HOST_DEVICE Philox4 philox4x32(uint32_t key0, uint32_t key1, Philox4 counter) {
   constexpr int kRounds = 7;
@@ -37,39 +40,31 @@ FASTLORA_HOST_DEVICE Philox4 philox4x32(uint32_t key0, uint32_t key1, Philox4 co
   return counter;
 }
 
-// Bit i of the low half to bit 2 i, bit i of the high half to bit 2 i + 1.
-FASTLORA_HOST_DEVICE uint32_t interleave(uint32_t bits) {
-  const auto swap = [&bits](uint32_t mask, int shift) {
-    const uint32_t moved = (bits ^ (bits >> shift)) & mask;
-    bits ^= moved ^ (moved << shift);
-  };
-  swap(0x0000FF00, 8);
-  swap(0x00F000F0, 4);
-  swap(0x0C0C0C0C, 2);
-  swap(0x22222222, 1);
-  return bits;
+// The calls of a unit that decide anything are those from this one on: planes below the lowest set
+// bit of `keep` do not.
+FASTLORA_HOST_DEVICE uint32_t first_call(uint32_t keep) {
+  uint32_t call = 0;
+  while (call < 3 && (keep >> (4 * call) & 15) == 0) ++call;
+  return call;
 }
 
-// The 32 keep bits of one word of one row.
-FASTLORA_HOST_DEVICE uint32_t keep_bits(uint64_t seed, uint64_t offset, uint32_t row, uint32_t word,
-                                        uint32_t keep) {
-  // Adding kKeepAll - keep to a 15-bit number carries into bit 15 exactly when it reaches keep: one
-  // addition compares both halves of an output. Sixteen of them shift the low halves' bits to 0..15
-  // and the high halves' to 16..31, in order; neighbouring columns are the two halves of an output,
-  // so a perfect shuffle of the word brings the bits to their columns.
-  const uint32_t bump = (kKeepAll - keep) * 0x10001;
-  uint32_t bits = 0;
-  for (uint32_t call = 0; call < 4; ++call) {
-    const Philox4 random =
+// The unit of columns 8 c .. 8 c + 7 in rows 32 R + s + {0, 8, 16, 24}, where unit_row = 8 R + s.
+FASTLORA_HOST_DEVICE uint32_t keep_bits(uint64_t seed, uint64_t offset, uint32_t unit_row,
+                                        uint32_t c, uint32_t keep) {
+  // 32 additions at a time, from the lowest plane up: a full adder's carry is a majority.
+  uint32_t carry = 0;
+  for (uint32_t call = first_call(keep); call < 4; ++call) {
+    const Philox4 planes =
         philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
                    {{static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32),
-                     4 * word + call, row}});
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t dropped = ((random.word[i] & 0x7FFF7FFF) + bump) & 0x80008000;
-      bits = (bits >> 1) | (dropped ^ 0x80008000);
+                     4 * c + call, unit_row}});
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t plane = planes.word[i];
+      const uint32_t bit = 0u - (keep >> (4 * call + i) & 1);
+      carry = (plane & carry) | (bit & (plane | carry));
     }
   }
-  return interleave(bits);
+  return carry | (0u - (keep >> 16));
 }
 
 }  // namespace fastlora

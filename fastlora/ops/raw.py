@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..rng import KEEP_ALL
+from ..rng import KEEP_ALL, mask_shape
 from . import support
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
@@ -98,7 +98,7 @@ def _wgrad(
 
 
 def _fake_mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
-    return rng_state.new_empty(rows, (cols + 31) // 32, dtype=torch.int32)
+    return rng_state.new_empty(mask_shape(rows, cols), dtype=torch.int32)
 
 
 def _fake_down(
@@ -166,7 +166,7 @@ _wgrad_op = torch.ops.fastlora._wgrad.default
 
 
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
-    """The dropout mask of ``fastlora.rng``, int32 words [rows, ceil(cols / 32)]."""
+    """The dropout mask of ``fastlora.rng``, int32 words of ``rng.mask_shape``."""
     return _mask_op(rng_state, rows, cols, keep)
 
 

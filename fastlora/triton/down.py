@@ -4,7 +4,7 @@ Tile BM x BR over K in steps of BK; one CTA walks all of K for its rows, or a ru
 blocks to fill the GPU: then fp32 partials [splits, M, r] are summed in order by a second kernel. Any strides.
 
 Dropout's arithmetic hides behind the memory traffic. DROP: the mask of each x tile is made where it is dropped
-(forward). EMIT: x is taken whole, and each step leaves a few words of another mask [M, pitch] for the kernels that follow
+(forward). EMIT: x is taken whole, and each step leaves words for EMIT columns of another mask for the kernels that follow
 (backward, where x is dY and the mask is that of the layer's input).
 """
 
@@ -19,20 +19,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .._counters import count
-from ..rng import KEEP_ALL
+from ..rng import mask_shape, philox_calls
 from . import launch
 from .dot import dot_add, lost_bits
-from .mask import make_tile, make_words, mask, store_words
+from .mask import expand, make_words, mask, store_words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep"])
 def _down_kernel(
     x, l, out, scaling, rng_state, words,
     M, K, R, stride_xm, stride_xk, stride_lr, stride_lk, stride_os, stride_om,
-    scale, run, bump, pitch,
+    scale, run, keep, pitch,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-    EVEN_K: tl.constexpr, DROP: tl.constexpr, EMIT: tl.constexpr, SCALING: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, DROP: tl.constexpr, EMIT: tl.constexpr, CALLS: tl.constexpr, SCALING: tl.constexpr, PRECISION: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    launch.enter_chain(CHAIN)
     row0 = tl.program_id(0) * BM
     rank0 = tl.program_id(1) * BR
     split = tl.program_id(2)
@@ -61,20 +63,12 @@ def _down_kernel(
                 l_rows + cols[:, None] * stride_lk, mask=live & (cols < end)[:, None], other=0.0
             )
         if DROP:
-            kept = make_tile(rng_state, bump, row0, k0, BM, BK)
+            kept = expand(make_words(rng_state, keep, row0, k0, BM, BK, CALLS), BM, BK)
             x_tile = tl.where(kept, x_tile, 0.0)
         if EMIT:
-            word0 = k0 // BK * EMIT
-            store_words(
-                words,
-                make_words(rng_state, bump, row0, word0, BM, EMIT),
-                row0,
-                word0,
-                M,
-                pitch,
-                BM,
-                EMIT,
-            )
+            col0 = k0 // BK * EMIT
+            emitted = make_words(rng_state, keep, row0, col0, BM, EMIT, CALLS)
+            store_words(words, emitted, row0, col0, M, pitch, BM, EMIT)
         acc, lost = dot_add(x_tile, l_tile.to(x_tile.dtype), acc, lost, PRECISION)
 
     if SCALING:
@@ -84,7 +78,8 @@ def _down_kernel(
 
 
 @triton.jit
-def _sum_kernel(partial, out, numel, splits, BLOCK: tl.constexpr):
+def _sum_kernel(partial, out, numel, splits, BLOCK: tl.constexpr, CHAIN: tl.constexpr):
+    launch.enter_chain(CHAIN)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     here = partial + i
@@ -94,7 +89,7 @@ def _sum_kernel(partial, out, numel, splits, BLOCK: tl.constexpr):
     tl.store(out + i, acc.to(out.dtype.element_ty), mask=i < numel)
 
 
-_MOST_WORDS_A_STEP = 2048
+_MOST_EMITTED_A_STEP = 65536  # elements of the mask
 
 
 @dataclass(frozen=True)
@@ -122,17 +117,17 @@ def tile_for(
     """The tile for a problem (``dtypes`` of x and l): CTAs to fill the GPU, bytes in flight to saturate memory."""
     br = launch.pick(rank, (16, 32, 64, 128))
     if launch.interpreting():
-        bm, bk, br, warps, stages = 16, 32, min(br, 32), 4, 1
+        bm, bk, br, warps, stages = 32 if drop or emit else 16, 32, min(br, 32), 4, 1
     elif dtypes[0] is torch.float32:
         bm, bk, br, warps, stages = 32, 32, min(br, 32), 4, 3
     elif emit:  # long steps: more words are made while a step's bytes are on their way
         bm, bk, warps, stages = 64, 256 if br < 64 else 128, 8, 3
-    elif drop:  # smaller row blocks: the mask takes registers
-        bm, bk, warps, stages = 32, 128, 4, 6
+    elif drop:  # as many elements a thread and step as its registers hold: more mask while bytes are on their way
+        bm, bk, warps, stages = 32, 256 if br < 64 else 128, 4, 4
     else:
         bm, bk, warps, stages = 64, 128, 4, 5
     if m <= 16:
-        bm = 16
+        bm = 32 if drop or emit else 16  # masks are made 32 rows at a time
     if not launch.interpreting():
         step = bk * (bm * dtypes[0].itemsize + br * dtypes[1].itemsize)
         stages = launch.stages_that_fit(stages, step, device)
@@ -165,15 +160,16 @@ def down(
     h = x.new_empty(m, rank)
     target = h if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
 
-    words, pitch, emit = None, launch.cdiv(emit_cols, 32), 0
+    words, pitch, emit = None, 0, 0
     if rng_state is not None and emit_cols:
-        emit = triton.next_power_of_2(launch.cdiv(pitch, launch.cdiv(k, tile.bk)))
+        emit = max(8, triton.next_power_of_2(launch.cdiv(emit_cols, launch.cdiv(k, tile.bk))))
         if (
-            emit * tile.bm > _MOST_WORDS_A_STEP
+            emit * tile.bm > _MOST_EMITTED_A_STEP
         ):  # a short dY beside a wide x: too few steps to hide behind
             words, emit = mask(rng_state, m, emit_cols, keep), 0
         else:
-            words = torch.empty(m, pitch, dtype=torch.int32, device=x.device)
+            words = torch.empty(mask_shape(m, emit_cols), dtype=torch.int32, device=x.device)
+            pitch = words.shape[1]
     launch.run(
         _down_kernel,
         (launch.cdiv(m, tile.bm), launch.cdiv(rank, tile.br), splits),
@@ -181,11 +177,11 @@ def down(
         (
             x, l, target, scaling, None if rng_state is None else rng_state.contiguous(), words,
             m, k, rank, *x.stride(), *l.stride(), m * rank, rank,
-            scale, run, KEEP_ALL - keep, pitch,
+            scale, run, keep, pitch,
         ),
         dict(
             BM=tile.bm, BK=tile.bk, BR=tile.br,
-            EVEN_K=k % tile.bk == 0, DROP=drop, EMIT=emit, SCALING=scaling is not None,
+            EVEN_K=k % tile.bk == 0, DROP=drop, EMIT=emit, CALLS=philox_calls(keep), SCALING=scaling is not None,
             PRECISION=launch.input_precision(x.dtype),
         ),
         tile.warps,

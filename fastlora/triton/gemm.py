@@ -4,9 +4,10 @@ Persistent: one CTA per SM walks BM x BN output tiles in groups of rows, fp32 ac
 newer x, w and y move through tensor descriptors (TMA), whose edges are clipped by hardware (and without a low-rank term
 the pipeline runs on across tiles); elsewhere, or for tensors no descriptor can name, the same loop loads through
 pointers with any strides.
-w may be K-major (y = x W^T) or MN-major (dX = dY W): the tile is loaded as it lies, no transposed copy. The low-rank
-operands h and l are small and always come through pointers. With dropout the mask belongs to h l^T alone, so the
-accumulator starts from mask * (h l^T) and the main loop adds to it.
+w may be K-major (y = x W^T) or MN-major (dX = dY W): the tile is loaded as it lies, no transposed copy. Where
+descriptors can name h and l too, the rank is simply more of K: their tiles follow those of x and w through the same
+pipeline. Otherwise they come through pointers, and their product is added after the loop. With dropout the mask belongs to h l^T alone, so that
+product gets an accumulator of its own after the main loop, one half of the tile at a time (a whole one would spill).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .._counters import count
 from . import launch
 from .dot import dot_add, lost_bits
-from .mask import load_mask
+from .mask import expand, load_words
 
 
 @triton.jit
@@ -43,16 +44,37 @@ def _load_tile(
 
 @triton.jit
 def _low_rank(
-    h_tile, l_tile, acc, lost, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
+    h_tile, l_tile, acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
+    BM: tl.constexpr, COLS: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(acc, lost) + h[row0:] l[col0:]^T, given the first rank block's tiles."""
+    """acc + h[row0:] l[col0:]^T, given the first rank block's tiles."""
+    lost = lost_bits(acc, h_tile.dtype)
     acc, lost = dot_add(h_tile, l_tile, acc, lost, PRECISION)
     for r0 in tl.static_range(BR, RP, BR):
         h_tile = _load_tile(h, row0, r0, M, R, stride_hm, stride_hr, BM, BR, False)
-        l_tile = _load_tile(l, r0, col0, R, N, stride_lr, stride_ln, BR, BN, False)
+        l_tile = _load_tile(l, r0, col0, R, N, stride_lr, stride_ln, BR, COLS, False)
         acc, lost = dot_add(h_tile, l_tile.to(h_tile.dtype), acc, lost, PRECISION)
-    return acc, lost
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, low, words_tile, y, bias, row0, col0, M, N, stride_ym,
+    BM: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The end of BM x COLS outputs: masked low-rank term, bias, one rounding, store."""
+    if MASK:
+        acc += tl.where(expand(words_tile, BM, COLS), low, 0.0)
+    n = col0 + tl.arange(0, COLS)
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if TMA:
+        y.store([row0, col0], acc.to(DTYPE))
+    else:
+        m = row0 + tl.arange(0, BM)
+        here = y + m.to(tl.int64)[:, None] * stride_ym + n[None, :]
+        tl.store(here, acc.to(DTYPE), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -62,12 +84,20 @@ def _gemm_kernel(
     stride_hm, stride_hr, stride_ln, stride_lr, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr,
     GROUP: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
-    LOW_RANK: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, HALVES: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, HALVES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    launch.enter_chain(CHAIN)
+    COLS: tl.constexpr = BN // 2 if HALVES else BN  # what is finished at once
+    LOW_COLS: tl.constexpr = (
+        COLS if MASK else BN
+    )  # a masked low-rank term needs an accumulator of its own
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     group_size = GROUP * tiles_n
+    steps = tl.cdiv(K, BK)
+    if EXTEND:
+        steps += tl.cdiv(R, BK)
     for tile in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TMA and not LOW_RANK
     ):
@@ -77,43 +107,108 @@ def _gemm_kernel(
         row0 = (first_m + tile % group_size % height) * BM
         col0 = tile % group_size // height * BN
 
-        acc = tl.zeros((BM, BN), tl.float32)
+        # The first rank block is fetched before the main loop, so that its latency hides behind it.
+        h_tile, l_0, l_1, words_0, words_1, low = None, None, None, None, None, None
+        col1 = col0 + COLS
         if LOW_RANK:
-            # The first rank block is fetched before the main loop, so that its latency hides behind it.
             h_tile = _load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
-            l_tile = _load_tile(l, 0, col0, R, N, stride_lr, stride_ln, BR, BN, False).to(
-                h_tile.dtype
-            )
-        lost = lost_bits(acc, DTYPE)
+            l_0 = _load_tile(l, 0, col0, R, N, stride_lr, stride_ln, BR, LOW_COLS, False).to(DTYPE)
         if MASK:
-            acc, _ = _low_rank(h_tile, l_tile, acc, lost, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln,
-                               stride_lr, BM, BN, BR, RP, PRECISION)  # fmt: skip
-            acc = tl.where(load_mask(words, row0, col0, M, pitch, BM, BN), acc, 0.0)
-        for k0 in range(0, K, BK):
+            words_0 = load_words(words, row0, col0, M, pitch, BM, COLS)
+            if HALVES:
+                l_1 = _load_tile(l, 0, col1, R, N, stride_lr, stride_ln, BR, COLS, False).to(DTYPE)
+                words_1 = load_words(words, row0, col1, M, pitch, BM, COLS)
+
+        acc = tl.zeros((BM, BN), tl.float32)
+        lost = lost_bits(acc, DTYPE)
+        for step in range(steps):
+            k0 = step * BK
             if TMA:
-                x_tile = x.load([row0, k0])
-                w_tile = w.load([col0, k0]).T if W_K_MAJOR else w.load([k0, col0])
+                x_from = x
+                w_from = w
+                if EXTEND:
+                    if k0 >= K:  # the rank is more of K
+                        x_from = h
+                        w_from = l
+                        k0 = (step - tl.cdiv(K, BK)) * BK
+                x_tile = x_from.load([row0, k0])
+                w_tile = w_from.load([col0, k0]).T if W_K_MAJOR else w_from.load([k0, col0])
             else:
                 x_tile = _load_tile(x, row0, k0, M, K, stride_xm, stride_xk, BM, BK, EVEN)
                 w_tile = _load_tile(w, k0, col0, K, N, stride_wk, stride_wn, BK, BN, EVEN)
             acc, lost = dot_add(x_tile, w_tile, acc, lost, PRECISION)
+
         if LOW_RANK and not MASK:
-            acc, _ = _low_rank(h_tile, l_tile, acc, lost, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln,
-                               stride_lr, BM, BN, BR, RP, PRECISION)  # fmt: skip
-        n = col0 + tl.arange(0, BN)
-        if BIAS:
-            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if TMA:
-            if HALVES:  # two half-width stores need half the staging memory
-                left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-                y.store([row0, col0], left.to(DTYPE))
-                y.store([row0, col0 + BN // 2], right.to(DTYPE))
-            else:
-                y.store([row0, col0], acc.to(DTYPE))
+            acc = _low_rank(h_tile, l_0, acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
+                            BM, BN, BR, RP, PRECISION)  # fmt: skip
+        if (
+            HALVES
+        ):  # half the registers for the masked product, half the staging memory for the store
+            acc_0, acc_1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLS)), (0, 2, 1)))
+            if MASK:
+                low = _low_rank(h_tile, l_0, tl.zeros_like(acc_0), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
+                                stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
+            _finish(
+                acc_0,
+                low,
+                words_0,
+                y,
+                bias,
+                row0,
+                col0,
+                M,
+                N,
+                stride_ym,
+                BM,
+                COLS,
+                TMA,
+                MASK,
+                BIAS,
+                DTYPE,
+            )
+            if MASK:
+                low = _low_rank(h_tile, l_1, tl.zeros_like(acc_1), h, l, row0, col1, M, N, R, stride_hm, stride_hr,
+                                stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
+            _finish(
+                acc_1,
+                low,
+                words_1,
+                y,
+                bias,
+                row0,
+                col1,
+                M,
+                N,
+                stride_ym,
+                BM,
+                COLS,
+                TMA,
+                MASK,
+                BIAS,
+                DTYPE,
+            )
         else:
-            m = row0 + tl.arange(0, BM)
-            here = y + m.to(tl.int64)[:, None] * stride_ym + n[None, :]
-            tl.store(here, acc.to(DTYPE), mask=(m < M)[:, None] & (n < N)[None, :])
+            if MASK:
+                low = _low_rank(h_tile, l_0, tl.zeros_like(acc), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
+                                stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
+            _finish(
+                acc,
+                low,
+                words_0,
+                y,
+                bias,
+                row0,
+                col0,
+                M,
+                N,
+                stride_ym,
+                BM,
+                COLS,
+                TMA,
+                MASK,
+                BIAS,
+                DTYPE,
+            )
 
 
 _TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -135,25 +230,39 @@ class GemmTile:
 
 @functools.lru_cache(1024)
 def tile_for(
-    m: int, rank: int, dtype: torch.dtype, crowded: bool, device: torch.device
+    m: int,
+    rank: int,
+    dtype: torch.dtype,
+    k_major: bool,
+    masked: bool,
+    convert: bool,
+    device: torch.device,
 ) -> GemmTile:
-    """The tile for a problem, by arch, rows and rank."""
+    """The tile for a problem, by arch, rows and the rank that is not simply more of K."""
     if launch.interpreting():
-        return GemmTile(32, 32, 32, warps=4, stages=1, group=2, halves=m > 64)
+        return GemmTile(32, 64, 32, warps=4, stages=1, group=2, halves=m > 64)
     roomy = launch.shared_memory(device) > 160 * 1024
     if dtype is torch.float32:
         return GemmTile(64, 64, 32, warps=4, stages=3)
     if m <= 64:
-        rows = launch.pick(m, (16, 32, 64))
+        rows = launch.pick(m, (32, 64) if masked else (16, 32, 64))  # masks come 32 rows at a time
         return GemmTile(rows, 64, 128 if roomy else 64, warps=4, stages=4 if roomy else 3)
     if m <= 512:
         return GemmTile(64, 128, 64, warps=4, stages=4 if roomy else 3)
     if roomy and launch.capability(device) >= (9, 0):
         # The first rank block waits in shared memory beside three 48 KB stages and the staging of y: with more than
-        # 16 ranks y is staged in halves, and a mask or an fp32 factor to convert (crowded) leaves room for 32. Without
-        # a low-rank term halves were measured faster anyway.
-        br = launch.pick(rank, (16, 32) if crowded else (16, 32, 64))
-        return GemmTile(128, 256, 64, warps=8, stages=3, halves=rank == 0 or br > 16, br=br)
+        # 16 ranks y is staged in halves. A mask, and an fp32 factor to convert, each take registers and memory from
+        # it. Without a low-rank term halves were measured faster where w is K-major, slower where it is not.
+        br = launch.pick(rank, ((16, 32, 64), (16, 32), (16,))[masked + convert])
+        return GemmTile(
+            128,
+            256,
+            64,
+            warps=8,
+            stages=3,
+            halves=k_major if rank == 0 else br > 16 or masked,
+            br=br,
+        )
     return GemmTile(128, 128, 64 if roomy else 32, warps=8 if roomy else 4, stages=3)
 
 
@@ -173,10 +282,8 @@ def gemm(
     if m == 0 or n == 0:
         return y
     rank = h.shape[1] if h is not None and l is not None else 0
-    low_rank = rank > 0
-    crowded = words is not None or (l is not None and l.dtype != x.dtype)
-    tile = tile or tile_for(m, rank, x.dtype, crowded, x.device)
-
+    masked = rank > 0 and words is not None
+    convert = l is not None and l.dtype != x.dtype
     k_major = w.stride(1) == 1
     w_rows = w if k_major else w.t()
     tma = (
@@ -184,13 +291,22 @@ def gemm(
         and k > 0
         and all(map(launch.describable, (x, w_rows, y)))
     )
-    operands: tuple[Any, Any, Any] = (x, w, y)
+    l_rows = l if l is None or k_major else l.t()
+    extend = False
+    if h is not None and l_rows is not None and tma and not masked and not convert:
+        extend = launch.describable(h) and launch.describable(l_rows)
+    low_rank = rank > 0 and not extend
+    low_width = rank if low_rank else 0
+    tile = tile or tile_for(m, low_width, x.dtype, k_major, masked, convert, x.device)
+    operands: tuple[Any, ...] = (x, w, y, h, l)
     if tma:
         w_block = [tile.bn, tile.bk] if k_major else [tile.bk, tile.bn]
         operands = (
             TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]),
             TensorDescriptor.from_tensor(w_rows, w_block),
             TensorDescriptor.from_tensor(y, [tile.bm, tile.bn // 2 if tile.halves else tile.bn]),
+            TensorDescriptor.from_tensor(h, [tile.bm, tile.bk]) if extend else h,
+            TensorDescriptor.from_tensor(l_rows, w_block) if extend else l,
         )
     ctas = min(launch.multiprocessors(x.device), launch.cdiv(m, tile.bm) * launch.cdiv(n, tile.bn))
     launch.run(
@@ -198,16 +314,16 @@ def gemm(
         (ctas,),
         x.device,
         (
-            *operands, h, l, None if bias is None else bias.contiguous(), words,
+            *operands, None if bias is None else bias.contiguous(), words,
             m, n, k, rank, *x.stride(), *w.stride(), y.stride(0),
             *(h.stride() if h is not None else (0, 0)), *(l.stride() if l is not None else (0, 0)),
             0 if words is None else words.shape[1],
         ),
         dict(
-            BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=tile.br, RP=launch.cdiv(rank, tile.br) * tile.br,
+            BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=tile.br, RP=launch.cdiv(low_width, tile.br) * tile.br,
             GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
             EVEN=m % tile.bm == 0 and n % tile.bn == 0 and k % tile.bk == 0,
-            LOW_RANK=low_rank, MASK=low_rank and words is not None, BIAS=bias is not None, HALVES=tile.halves,
+            EXTEND=extend, LOW_RANK=low_rank, MASK=masked, BIAS=bias is not None, HALVES=tile.halves,
             DTYPE=_TL_DTYPE[x.dtype], PRECISION=launch.input_precision(x.dtype),
         ),
         tile.warps,

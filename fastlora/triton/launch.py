@@ -7,7 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 from ..ops.support import interpreting
 
@@ -24,6 +27,14 @@ def multiprocessors(device: torch.device) -> int:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; the interpreter plays the newest, so that CI tests the descriptor path."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@triton.jit
+def enter_chain(CHAIN: tl.constexpr):
+    """First statement of every kernel. From sm_90 on a kernel is launched while the one before it ends (programmatic
+    dependent launch), and waits here for that one's results. (Letting it in earlier still was measured slower.)"""
+    if CHAIN:
+        cuda.gdc_wait()
 
 
 _compiled: dict[tuple[object, ...], Any] = {}
@@ -47,11 +58,14 @@ def run(
     warps: int,
     stages: int,
 ) -> None:
-    """Launch on ``device``'s current stream. ``constants`` name the kernel's constexprs, in its order, at its end.
+    """Launch on ``device``'s current stream. ``constants`` name the kernel's constexprs, in its order, at its end;
+    the last one, CHAIN, is added here.
 
     Triton binds and specialises its arguments in Python at every launch, which takes as long as a small kernel. So the
     compiled kernel of a specialisation is kept and launched directly.
     """
+    chain = not interpreting() and capability(device) >= (9, 0)
+    constants = {**constants, "CHAIN": chain}
     with _on_device(device):
         if interpreting():
             kernel[grid](*arguments, **constants)
@@ -60,7 +74,7 @@ def run(
         compiled = _compiled.get(key)
         if compiled is None:
             _compiled[key] = kernel[grid](
-                *arguments, **constants, num_warps=warps, num_stages=stages
+                *arguments, **constants, num_warps=warps, num_stages=stages, launch_pdl=chain
             )
         else:
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
@@ -131,6 +145,7 @@ __all__ = [
     "capability",
     "cdiv",
     "describable",
+    "enter_chain",
     "input_precision",
     "interpreting",
     "multiprocessors",

@@ -1,8 +1,8 @@
 """wgrad: dA = g^T drop(x) [r, K], dB = dY^T h [N, r] and dbias = sum_m dY [N], all in one launch; memory-bound.
 
 Both products are out[n, r] = sum_m v[m, n] u[m, r] with a wide v (x or dY) and a skinny u (g or h). A CTA owns BN
-columns of v and a run of rows, and leaves fp32 partials [splits, n, r]; a second launch sums them in index order, so
-the result never depends on who finished first. CTAs below ``ctas_a`` work on dA, the others on dB.
+columns of v and all rows, or, when that makes too few CTAs, a run of rows: then it leaves fp32 partials [splits, n, r],
+and a second launch sums them in index order, so the result never depends on who finished first. CTAs below ``ctas_a`` work on dA, the others on dB.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from .._counters import count
 from . import launch
 from .dot import dot_add, lost_bits
-from .mask import load_mask
+from .mask import expand, load_words
 
 
 @triton.jit
 def _partial(
-    v, u, partial, bias_partial, words, task, run,
-    M, N, R, stride_vm, stride_vn, stride_um, stride_ur, pitch,
+    v, u, out, bias_out, words, task, run,
+    M, N, R, stride_vm, stride_vn, stride_um, stride_ur, stride_on, stride_or, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     MASK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One (split, rank block, column block) of out[n, r] = sum_m v[m, n] u[m, r], as an fp32 partial."""
+    """One (split, rank block, column block) of out[split, n, r] = sum_m v[m, n] u[m, r]."""
     blocks_n = tl.cdiv(N, BN)
     blocks_r = tl.cdiv(R, BR)
     col0 = task % blocks_n * BN
@@ -53,32 +53,38 @@ def _partial(
         if BIAS:
             bias_acc += tl.sum(v_tile.to(tl.float32), axis=0)
         if MASK:
-            v_tile = tl.where(load_mask(words, m0, col0, M, pitch, BM, BN), v_tile, 0.0)
+            kept = expand(load_words(words, m0, col0, M, pitch, BM, BN), BM, BN)
+            v_tile = tl.where(kept, v_tile, 0.0)
         acc, lost = dot_add(v_tile.T, u_tile, acc, lost, PRECISION)
 
-    here = partial + (tl.cast(split, tl.int64) * N + n)[:, None] * R + r[None, :]
-    tl.store(here, acc, mask=(n < N)[:, None] & (r < R)[None, :])
+    here = out + tl.cast(split, tl.int64) * N * R
+    here += n.to(tl.int64)[:, None] * stride_on + r.to(tl.int64)[None, :] * stride_or
+    tl.store(here, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (r < R)[None, :])
     if BIAS:
         if rank0 == 0:
-            tl.store(bias_partial + tl.cast(split, tl.int64) * N + n, bias_acc, mask=n < N)
+            there = bias_out + tl.cast(split, tl.int64) * N + n
+            tl.store(there, bias_acc.to(bias_out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
 def _wgrad_kernel(
-    x, g, partial_a, dy, h, partial_b, bias_partial, words, ctas_a, run,
-    M, K, N, R, stride_xm, stride_xk, stride_gm, stride_gr, stride_ym, stride_yn, stride_hm, stride_hr, pitch,
+    x, g, out_a, dy, h, out_b, bias_out, words, ctas_a, run,
+    M, K, N, R, stride_xm, stride_xk, stride_gm, stride_gr, stride_ym, stride_yn, stride_hm, stride_hr,
+    stride_an, stride_ar, stride_bn, stride_br, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     DO_A: tl.constexpr, DO_B: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    launch.enter_chain(CHAIN)
     task = tl.program_id(0)
     if DO_A:
         if task < ctas_a:
-            _partial(x, g, partial_a, None, words, task, run, M, K, R, stride_xm, stride_xk, stride_gm,
-                     stride_gr, pitch, BM, BN, BR, MASK, False, PRECISION)  # fmt: skip
+            _partial(x, g, out_a, None, words, task, run, M, K, R, stride_xm, stride_xk, stride_gm,
+                     stride_gr, stride_an, stride_ar, pitch, BM, BN, BR, MASK, False, PRECISION)  # fmt: skip
     if DO_B:
         if task >= ctas_a:
-            _partial(dy, h, partial_b, bias_partial, None, task - ctas_a, run, M, N, R, stride_ym, stride_yn,
-                     stride_hm, stride_hr, 0, BM, BN, BR, False, BIAS, PRECISION)  # fmt: skip
+            _partial(dy, h, out_b, bias_out, None, task - ctas_a, run, M, N, R, stride_ym, stride_yn,
+                     stride_hm, stride_hr, stride_bn, stride_br, 0, BM, BN, BR, False, BIAS, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -112,7 +118,9 @@ def _sum_splits(
 def _reduce_kernel(
     partial_a, d_a, partial_b, d_b, bias_partial, d_bias, blocks_a, K, N, R, splits,
     BN: tl.constexpr, BR: tl.constexpr, DO_A: tl.constexpr, DO_B: tl.constexpr, BIAS: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    launch.enter_chain(CHAIN)
     block = tl.program_id(0)
     if DO_A:
         if block < blocks_a:
@@ -137,18 +145,22 @@ class WgradTile:
 
 
 @functools.lru_cache(1024)
-def tile_for(rank: int, dtype: torch.dtype, masked: bool, device: torch.device) -> WgradTile:
-    """The tile for a rank and dtype."""
+def tile_for(
+    rank: int, columns: int, dtype: torch.dtype, masked: bool, device: torch.device
+) -> WgradTile:
+    """The tile for a rank, the ``columns`` of x and dY together, and a dtype."""
     br = launch.pick(rank, (16, 32, 64, 128))
     sms = launch.multiprocessors(device)
     if launch.interpreting():
         return WgradTile(bm=32, bn=32, br=min(br, 32), warps=4, stages=1, ctas=sms)
     if dtype is torch.float32:
         return WgradTile(bm=32, bn=64, br=min(br, 32), warps=4, stages=3, ctas=2 * sms)
-    stages = 4 if br <= 64 else 3
     if masked:
-        return WgradTile(bm=32, bn=128, br=br, warps=4, stages=stages + 1, ctas=4 * sms)
-    return WgradTile(bm=64, bn=64, br=br, warps=4, stages=stages, ctas=sms)
+        return WgradTile(bm=64, bn=128, br=br, warps=4, stages=3, ctas=4 * sms)
+    # One CTA an SM keeps as many bytes in flight as several with shallower pipelines, and needs no second launch.
+    alone = launch.cdiv(columns, 64) * launch.cdiv(rank, br) <= sms
+    stages = launch.stages_that_fit(8 if alone else 4, 2 * 64 * (64 + br), device)
+    return WgradTile(bm=64, bn=64, br=br, warps=4, stages=stages, ctas=sms * 9 // 10)
 
 
 def wgrad(
@@ -183,15 +195,19 @@ def wgrad(
         return d_a, d_b, d_bias
     do_a, do_b = k > 0, n > 0
 
-    tile = tile or tile_for(rank, like.dtype, words is not None, like.device)
+    tile = tile or tile_for(rank, k + n, like.dtype, words is not None, like.device)
     blocks_r = launch.cdiv(rank, tile.br)
     columns_a, columns_b = launch.cdiv(k, tile.bn), launch.cdiv(n, tile.bn)
     parts = launch.cdiv(tile.ctas, (columns_a + columns_b) * blocks_r)
     run, splits = launch.split_evenly(m, tile.bm, parts)
-    partial_a = like.new_empty(splits, k, rank, dtype=torch.float32) if do_a else None
-    partial_b = like.new_empty(splits, n, rank, dtype=torch.float32) if do_b else None
     bias = do_b and d_bias is not None
-    bias_partial = like.new_empty(splits, n, dtype=torch.float32) if bias else None
+    out_a, out_b, bias_out = d_a, d_b, d_bias
+    stride_a, stride_b = (1, k), (rank, 1)
+    if splits > 1:  # partial sums [splits, n, r], added by a second launch
+        out_a = like.new_empty(splits, k, rank, dtype=torch.float32) if do_a else None
+        out_b = like.new_empty(splits, n, rank, dtype=torch.float32) if do_b else None
+        bias_out = like.new_empty(splits, n, dtype=torch.float32) if bias else None
+        stride_a = stride_b = (rank, 1)
     ctas_a, ctas_b = columns_a * blocks_r * splits, columns_b * blocks_r * splits
     strides = [s for t in (x, g, dy, h) for s in (t.stride() if t is not None else (0, 0))]
     launch.run(
@@ -199,8 +215,8 @@ def wgrad(
         (ctas_a + ctas_b,),
         like.device,
         (
-            x, g, partial_a, dy, h, partial_b, bias_partial, words, ctas_a, run,
-            m, k, n, rank, *strides, 0 if words is None else words.shape[1],
+            x, g, out_a, dy, h, out_b, bias_out, words, ctas_a, run,
+            m, k, n, rank, *strides, *stride_a, *stride_b, 0 if words is None else words.shape[1],
         ),
         dict(
             BM=tile.bm, BN=tile.bn, BR=tile.br, DO_A=do_a, DO_B=do_b,
@@ -209,16 +225,17 @@ def wgrad(
         tile.warps,
         tile.stages,
     )  # fmt: skip
-    rows = 64
-    blocks_a = launch.cdiv(k, rows)
-    launch.run(
-        _reduce_kernel,
-        (blocks_a + launch.cdiv(n, rows),),
-        like.device,
-        (partial_a, d_a, partial_b, d_b, bias_partial, d_bias, blocks_a, k, n, rank, splits),
-        dict(BN=rows, BR=min(tile.br, 32), DO_A=do_a, DO_B=do_b, BIAS=bias),
-        4,
-        1,
-    )
+    if splits > 1:
+        rows = 64
+        blocks_a = launch.cdiv(k, rows)
+        launch.run(
+            _reduce_kernel,
+            (blocks_a + launch.cdiv(n, rows),),
+            like.device,
+            (out_a, d_a, out_b, d_b, bias_out, d_bias, blocks_a, k, n, rank, splits),
+            dict(BN=rows, BR=min(tile.br, 32), DO_A=do_a, DO_B=do_b, BIAS=bias),
+            4,
+            1,
+        )
     count("wgrad", "triton")
     return d_a, d_b, d_bias

@@ -249,7 +249,7 @@ def test_with_gxx_alone_both_binaries_are_built_and_work(tree, without_nvcc, tmp
         "import torch, fastlora\n"
         "from fastlora import _core, _library\n"
         "assert _library.load(), _library.status()\n"
-        "print(torch.ops.fastlora._dropout_mask(torch.tensor([1, 2]), 2, 8, 32768).all().item())\n"
+        "print(torch.ops.fastlora._dropout_mask(torch.tensor([1, 2]), 2, 8, 65536).all().item())\n"
         "print(fastlora.build_info()['archs'], _core.plan(_core.Problem(1, 8, 8)).block_m > 0)\n"
         "print(_library.load(torch.device('cuda')))\n"
     )

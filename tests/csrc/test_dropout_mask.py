@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-KEEP_ALL = 32768
+KEEP_ALL = 65536
 
 
 def philox(counter, key, rounds=7):
@@ -29,34 +29,30 @@ def philox(counter, key, rounds=7):
     return c0, c1, c2, c3
 
 
-def numbers(state, rows, words):
-    """The 15-bit number of each of the 32 columns of each (row, word): uint64 [rows, words, 32]."""
+def numbers(state, rows, cols, first_row=0, first_col=0):
+    """The 16-bit number of every element, from that row and column on: uint64 [rows, cols]."""
     seed, offset = (value % 2**64 for value in state)
-    row, word = np.meshgrid(
-        np.asarray(rows, np.uint64), np.asarray(words, np.uint64), indexing="ij"
-    )
-    columns = [None] * 32
+    m, n = np.ogrid[first_row : first_row + rows, first_col : first_col + cols]
+    m, n = np.broadcast_arrays(m, n)
+    unit_row, element = m // 32 * 8 + m % 8, (m % 32 // 8 * 8 + n % 8).astype(np.uint64)
+    number = np.zeros((rows, cols), np.uint64)
     for call in range(4):
-        counter = (
-            np.full_like(row, offset % 2**32),
-            np.full_like(row, offset >> 32),
-            4 * word + np.uint64(call),
-            row,
-        )
-        for i, output in enumerate(philox(counter, (seed % 2**32, seed >> 32))):
-            columns[8 * call + 2 * i] = output & np.uint64(0x7FFF)
-            columns[8 * call + 2 * i + 1] = output >> np.uint64(16) & np.uint64(0x7FFF)
-    return np.stack(columns, axis=-1)
+        low, high = (np.full((rows, cols), half) for half in (offset % 2**32, offset >> 32))
+        counter = (low, high, 4 * (n // 8) + call, unit_row)
+        for w, plane in enumerate(philox(counter, (seed % 2**32, seed >> 32))):
+            number |= (plane >> element & np.uint64(1)) << np.uint64(4 * call + w)
+    return number
 
 
-def expected(state, rows, cols, keep, first_row=0, first_word=0):
-    """The words that hold rows x cols elements, from that row and word on."""
-    row_ids = np.arange(first_row, first_row + rows)
-    word_ids = np.arange(first_word, first_word + (cols + 31) // 32)
-    kept = numbers(state, row_ids, word_ids) < keep
-    return torch.from_numpy(
-        np.packbits(kept, axis=-1, bitorder="little").view("<i4").reshape(kept.shape[:2])
+def expected(state, rows, cols, keep, first_row=0, first_col=0):
+    """The words of a mask; those that reach past its edges hold the elements that would be there."""
+    blocks, units = (rows + 31) // 32, (cols + 7) // 8
+    kept = (
+        numbers(state, 32 * blocks, 8 * units, first_row, first_col) + np.uint64(keep) >= KEEP_ALL
     )
+    element = kept.reshape(blocks, 4, 8, units, 8).transpose(0, 2, 3, 1, 4)  # R, s, c, i, j
+    words = np.packbits(element.reshape(8 * blocks, units, 32), axis=-1, bitorder="little")
+    return torch.from_numpy(words.view("<i4").reshape(8 * blocks, units))
 
 
 def mask(state, rows, cols, keep, device="cpu"):
@@ -85,12 +81,17 @@ def test_the_oracle_gives_random123s_known_answers(rounds, counter, key, answer)
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_op_gives_the_known_answer_bit_by_bit(device):
-    # State 0, row 0, word 0: the first call's counter is all zeros, Random123's first vector.
-    outputs = (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
-    for i, output in enumerate(outputs):
-        for column, number in ((2 * i, output & 0x7FFF), (2 * i + 1, output >> 16 & 0x7FFF)):
-            assert not mask((0, 0), 1, 32, number, device)[0, 0] >> column & 1
-            assert mask((0, 0), 1, 32, number + 1, device)[0, 0] >> column & 1
+    # State 0, unit (0, 0): the first call's counter is all zeros, Random123's first vector. It gives the four lowest
+    # bits of every element's number.
+    planes = (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
+    all_numbers = numbers((0, 0), 32, 8)
+    for element in range(32):
+        row, column = element // 8 * 8, element % 8
+        number = int(all_numbers[row, column])
+        assert number % 16 == sum((plane >> element & 1) << i for i, plane in enumerate(planes))
+        carries = KEEP_ALL - number
+        assert not mask((0, 0), 32, 8, carries - 1, device)[0, 0] >> element & 1
+        assert mask((0, 0), 32, 8, carries, device)[0, 0] >> element & 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -151,7 +152,7 @@ def test_a_strided_state_is_read_right():
         (torch.zeros(1, 2, dtype=torch.int64), 1, 1, 1, "rng_state"),
         (torch.zeros(2, dtype=torch.int64), -1, 1, 1, "rows"),
         (torch.zeros(2, dtype=torch.int64), 2**32 + 1, 0, 1, "rows"),
-        (torch.zeros(2, dtype=torch.int64), 0, 2**35 + 1, 1, "cols"),
+        (torch.zeros(2, dtype=torch.int64), 0, 2**33 + 1, 1, "cols"),
         (torch.zeros(2, dtype=torch.int64), 1, 1, KEEP_ALL + 1, "keep"),
         (torch.zeros(2, dtype=torch.int64), 1, 1, -1, "keep"),
     ],
@@ -170,15 +171,14 @@ def test_opcheck(device):
 
 @pytest.mark.huge
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("rows", "cols"), [(2, 2**35), (2**31 + 5, 1)])
+@pytest.mark.parametrize(("rows", "cols"), [(2, 2**33), (2**31 + 5, 1)])
 def test_beyond_two_to_the_31_elements(device, rows, cols):
     state, keep = (77, 2**40), 20000
     got = mask(state, rows, cols, keep, device)
-    first_row, first_word = max(0, rows - 1000), max(0, got.shape[1] - 100)
-    tail = got[first_row:, first_word:].cpu()
-    assert torch.equal(
-        tail, expected(state, tail.shape[0], 32 * tail.shape[1], keep, first_row, first_word)
-    )
+    tail = got[-256:, -400:].cpu()
+    first_row, first_col = 4 * (got.shape[0] - tail.shape[0]), 8 * (got.shape[1] - tail.shape[1])
+    sizes = 4 * tail.shape[0], 8 * tail.shape[1]
+    assert torch.equal(tail, expected(state, *sizes, keep, first_row, first_col))
 
 
 @pytest.mark.gpu

@@ -73,7 +73,7 @@ def test_a_fork_after_loading_can_use_the_ops():
         "assert _library.load()\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
-        "    ok = torch.ops.fastlora._dropout_mask(torch.tensor([1, 2]), 4, 9, 32768).all()\n"
+        "    ok = torch.ops.fastlora._dropout_mask(torch.tensor([1, 2]), 4, 9, 65536).all()\n"
         "    os._exit(0 if ok else 3)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )

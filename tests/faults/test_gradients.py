@@ -18,7 +18,7 @@ def test_dx_and_da_see_the_mask_of_forward(strict_backend, device):
     dy = torch.randn(m, 24, device=device)
     torch.manual_seed(11)
     words = reference.mask(rng.draw_state(device).cpu(), m, k, keep)
-    mask = reference.unpack_mask(words, k).to(device)
+    mask = reference.unpack_mask(words, m, k).to(device)
     torch.manual_seed(11)
     got = step(*tensors, dy, dropout_p=0.4)
     assert_close(got, truth(*tensors, dy, mask=mask, keep=keep), 2e-6)

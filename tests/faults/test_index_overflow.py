@@ -97,9 +97,9 @@ def test_small_tensors_whose_strides_span_more_than_two_to_the_31(transposed):
 def test_mask_of_a_very_long_row():
     """2^28 columns need more blocks along a row than a grid's second axis has."""
     state, cols = torch.tensor([7, 8], device="cuda"), 2**28
-    words = ops.mask(state, 2, cols, 20000)
-    expected = reference.mask(state, 2, 4096, 20000)
-    assert torch.equal(words[:, :128], expected)
+    words = ops.mask(state, 2, cols, 40000)
+    expected = reference.mask(state, 2, 4096, 40000)
+    assert torch.equal(words[:, :512], expected)
     share = (words[:, -4096:].long() & 1).float().mean()
     assert 0.55 < share < 0.67 and not torch.equal(words[0, -128:], words[0, :128])
 
@@ -123,8 +123,8 @@ def test_dropout_beyond_two_to_the_31_elements(m, k):
     state = rng.draw_state("cuda")
     torch.manual_seed(9)
     y, dx, _, _ = step(x, torch.zeros_like(w), a, b, dropout_p=0.5)
-    top = reference.unpack_mask(reference.mask(state, 80, k, keep), k)
-    left = reference.unpack_mask(reference.mask(state, m, 32, keep), 32)
+    top = reference.unpack_mask(reference.mask(state, 80, k, keep), 80, k)
+    left = reference.unpack_mask(reference.mask(state, m, 32, keep), m, 32)
     # With W = 0, dX is zero exactly where x was dropped (and where bf16 made the product zero: never here).
     assert torch.equal(dx[:80] != 0, top)
     assert torch.equal(dx[-70:, :32] != 0, left[-70:])

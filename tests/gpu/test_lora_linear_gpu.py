@@ -157,7 +157,7 @@ def test_model_sizes_with_dropout(k, n, r):
     x, w, a, b = operands(m=4097, k=k, n=n, r=r, adapters=torch.float32)
     torch.manual_seed(3)
     mask = reference.unpack_mask(
-        ops.mask(rng.draw_state(x.device), 4097, k, rng.keep_threshold(0.05)), k
+        ops.mask(rng.draw_state(x.device), 4097, k, rng.keep_threshold(0.05)), 4097, k
     )
 
     def run(dtype):

@@ -42,25 +42,28 @@ def test_the_hand_written_philox_reproduces_the_published_vectors():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345, 0xDEADBEEF])
-@pytest.mark.parametrize("keep", [1, 16384, 31130, 32768])
+@pytest.mark.parametrize("keep", [1, 32768, 62256, 62257, 65536])
 def test_mask_follows_its_written_definition(seed, keep):
-    offset, rows, cols = 0x123456789, 3, 71
+    offset, rows, cols = 0x123456789, 43, 41
     state = torch.tensor([seed, offset])
-    got = reference.unpack_mask(reference.mask(state, rows, cols, keep), cols)
+    got = reference.unpack_mask(reference.mask(state, rows, cols, keep), rows, cols)
     key = (seed & MASK32, seed >> 32)
-    for m in range(rows):
+    for m in (0, 1, 7, 8, 17, 31, 32, 42):
         for n in range(cols):
-            call, within = divmod(n, 8)
-            output = philox_by_hand(key, (offset & MASK32, offset >> 32, call, m), 7)[within // 2]
-            number = (output >> 16 * (within % 2)) & 0x7FFF
-            assert bool(got[m, n]) == (number < keep), (m, n)
+            block, i, s = m // 32, m % 32 // 8, m % 8
+            c, j = divmod(n, 8)
+            number = 0
+            for k in range(16):
+                counter = (offset & MASK32, offset >> 32, 4 * c + k // 4, 8 * block + s)
+                number |= (philox_by_hand(key, counter, 7)[k % 4] >> (8 * i + j) & 1) << k
+            assert bool(got[m, n]) == (number + keep >= 65536), (m, n)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
 def test_mask_drops_the_asked_share_independently(p):
     rows, cols, keep = 512, 1024, rng.keep_threshold(p)
     kept = reference.unpack_mask(
-        reference.mask(rng.draw_state("cpu"), rows, cols, keep), cols
+        reference.mask(rng.draw_state("cpu"), rows, cols, keep), rows, cols
     ).double()
     share, sigma = keep / rng.KEEP_ALL, math.sqrt(p * (1 - p))
     assert abs(kept.mean() - share) < 5 * sigma / math.sqrt(kept.numel())
@@ -78,9 +81,25 @@ def test_masks_of_different_states_differ():
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
 
 
-@pytest.mark.parametrize(("p", "keep"), [(0.0, 32768), (1.0, 0), (0.5, 16384), (1e-9, 32768)])
+@pytest.mark.parametrize(
+    ("p", "keep"), [(0.0, 65536), (1.0, 0), (0.5, 32768), (0.05, 65536 - 205 * 16), (1e-9, 65536)]
+)
 def test_keep_threshold(p, keep):
     assert rng.keep_threshold(p) == keep
+
+
+@pytest.mark.parametrize("p", [0.001, 0.01, 0.05, 0.1, 0.3, 0.625, 0.9, 0.999])
+def test_keep_threshold_gives_both_sides_to_a_part_in_128(p):
+    kept = rng.keep_threshold(p) / rng.KEEP_ALL
+    assert 1 - kept == pytest.approx(p, rel=1 / 128) and kept == pytest.approx(1 - p, rel=1 / 128)
+
+
+@pytest.mark.parametrize(
+    ("keep", "calls"),
+    [(65536, 1), (0, 1), (32768, 1), (4096, 1), (256, 2), (16, 3), (8, 4), (1, 4), (62256, 3)],
+)
+def test_short_thresholds_need_fewer_calls(keep, calls):
+    assert rng.philox_calls(keep) == calls
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])

@@ -47,6 +47,7 @@ def compile_instead(
     warps: int,
     stages: int,
 ) -> None:
+    constants = {**constants, "CHAIN": CAPABILITY >= 90}
     names = kernel.arg_names
     kinds = dict(zip(names, map(signature, arguments), strict=False))
     fixed = {n: a for n, a in zip(names, arguments, strict=False) if kinds[n] == "constexpr"}
@@ -90,9 +91,9 @@ def main() -> None:
         a, b = empty(r, k, dtype=factors), empty(n, r, dtype=factors)
         h = empty(m, r, dtype=dtype)
         if op == "down":
-            down(x, a, None, 0.5, None, 32768, 0)
-            down(x, a, None, 0.5, state, 31000, 0)
-            down(x, b.t(), None, 0.5, state, 31000, k)
+            down(x, a, None, 0.5, None, 65536, 0)
+            down(x, a, None, 0.5, state, 62256, 0)
+            down(x, b.t(), None, 0.5, state, 62256, k)
         elif op == "gemm":
             gemm(x, w, h, b, None, None)
             gemm(x, w.t(), h, a.t(), None, words)
