@@ -29,7 +29,7 @@ KNOWN = {
 DEFAULT = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX")
 
 # Kind of kernel file (its name without .cu) -> the capabilities that it can be compiled for.
-KINDS = {"simt": frozenset(KNOWN)}
+KINDS = {"simt": frozenset(KNOWN), "sm90": frozenset({"9.0a"})}
 
 _ENTRY = re.compile(
     r"(?P<dotted>\d+\.\d[af]?)(?P<ptx>\+PTX)?|(?P<plain>\d{2,3}[af]?)(?P<mode>-real|-virtual)?"

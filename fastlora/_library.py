@@ -148,6 +148,7 @@ def _load() -> Status:
     except (OSError, RuntimeError) as error:
         return Status(False, path, _explained(path, record, error))
     torch.library.register_fake("fastlora::_dropout_mask", _fake_dropout_mask)
+    torch.library.register_fake("fastlora::_gemm_sm90", _fake_gemm)
     return Status(True, path, "")
 
 
@@ -169,6 +170,15 @@ def _explained(path: Path, record: dict[str, Any], error: Exception) -> str:
         f"built on {record['platform']} with torch {record['torch']}; " if "torch" in record else ""
     )
     return f"{path} did not load: {text} ({built}{hint})"
+
+
+def has_kernel(op: str) -> bool:
+    """Whether the loaded library has CUDA code for ``fastlora::op`` (families are compiled for the asked GPUs only)."""
+    return load() and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{op}", "CUDA")
+
+
+def _fake_gemm(x: torch.Tensor, w: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
 
 
 def _fake_dropout_mask(rng_state: torch.Tensor, rows: int, cols: int, keep: int) -> torch.Tensor:

@@ -7,4 +7,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
   // int32 [8 ceil(rows / 32), ceil(cols / 8)]: the mask words of the dropout state int64 [2] (seed,
   // offset), which keeps keep / 65536 of the elements
   m.def("_dropout_mask(Tensor rng_state, int rows, int cols, int keep) -> Tensor");
+  // y [m, n] = x [m, k] w^T + bias + drop(h [m, r] l^T), w [n, k] and l [n, r] contiguous along
+  // either dimension, but both alike; words the mask of y, config a TileConfig (planned when none
+  // is given)
+  m.def(
+      "_gemm_sm90(Tensor x, Tensor w, Tensor? h, Tensor? l, Tensor? bias, Tensor? words, int[]? "
+      "config) -> Tensor");
 }

@@ -21,6 +21,7 @@ constexpr double kL2PerSm = 64;                 // bytes / clock one SM can load
 constexpr double kL2Total = 6100;               // bytes / clock all SMs together can
 constexpr double kDram = 2300;                  // bytes / clock of the memory
 constexpr double kLaunch = 4000;                // clocks to start, fill the ring and drain
+constexpr double kTile = 2500;         // clocks between the main loops of two tiles of a CTA
 constexpr double kReduceLaunch = 2500;  // clocks more for a second kernel that sums the parts
 constexpr std::array<int, 4> kSplits = {1, 2, 4, 8};
 constexpr int64_t kMinStepsPerSplit = 8;  // a shorter K loop is all prologue
@@ -128,7 +129,7 @@ double estimate(const Problem& p, const TileConfig& c) {
   const double fill = c.stages * loaded / per_sm;  // the first tile waits for its ring
   const double drain =
       kElement * double(c.block_m) * c.block_n / per_sm;  // the last one is stored alone
-  const double compute = waves * steps * step + fill + drain;
+  const double compute = waves * (steps * step + kTile) + fill + drain;
 
   const double m = p.m, n = p.n, k = p.k;
   const double traffic = kElement * (m * k + n * k + m * n) / kDram;

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .._autocast import autocast_dtype
-from . import support
+from . import cuda_backend, support
 
 
 def _weight_and_rank(layer: Any) -> tuple[Tensor, int]:
@@ -27,11 +29,15 @@ def _weight_and_rank(layer: Any) -> tuple[Tensor, int]:
     return weight, int(getattr(lora_a, "weight", lora_a).shape[0])
 
 
-def _line(op: str, formula: str, like: Tensor, rank: int) -> str:
-    chosen = support.choose(op, like.device, like.dtype, rank)
+def _line(
+    op: str, formula: str, like: Tensor, rank: int, fit: Callable[[], support.Fit] | None = None
+) -> str:
+    chosen = support.choose(op, like.device, like.dtype, rank, fit)
     passed = []
     for name in support.BACKENDS[: support.BACKENDS.index(chosen)]:
         reason = support.miss(op, name, like.device, like.dtype, rank)
+        if reason is None and name == "cuda" and fit is not None:
+            reason = fit().miss or fit().slower
         passed.append(f"{name}: {reason or 'another backend is preferred'}")
     return f"  {op:6} {formula:32} -> {chosen}" + (f"   ({'; '.join(passed)})" if passed else "")
 
@@ -63,9 +69,10 @@ def explain(layer: Any, x: Tensor) -> str:
     ]
     if rank:
         lines.append(_line("down", "h = s drop(x) A^T,  g = s dY B", x, rank))
-    lines.append(
-        _line("gemm", "y = x W^T + h B^T,  dX = dY W + g A" if rank else "y = x W^T", x, rank)
-    )
+    formula = "y = x W^T + h B^T,  dX = dY W + g A" if rank else "y = x W^T"
+    flat = x.reshape(rows, k)
+    fit = functools.partial(cuda_backend.gemm_fit, flat, weight, None, None, None)
+    lines.append(_line("gemm", formula, x, rank, fit))
     if rank:
         lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
     return "\n".join(lines)

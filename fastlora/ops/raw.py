@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..rng import KEEP_ALL, mask_shape
-from . import support
+from . import cuda_backend, support
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _library.define("_mask(Tensor rng_state, int rows, int cols, int keep) -> Tensor")
@@ -75,7 +75,10 @@ def _gemm(
     words: Tensor | None,
 ) -> Tensor:
     rank = 0 if h is None else h.shape[1]
-    return _backend("gemm", x, rank).gemm(x, w, h, l, bias, words)
+    name = support.choose(
+        "gemm", x.device, x.dtype, rank, lambda: cuda_backend.gemm_fit(x, w, h, l, words)
+    )
+    return backend_module(name).gemm(x, w, h, l, bias, words)
 
 
 def _wgrad(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,12 +30,19 @@ class Row:
     backend: str
     dtypes: frozenset[torch.dtype]
     min_capability: tuple[int, int] | None = None  # None: any device torch has
+    kernel: str | None = (
+        None  # the library's op, where it holds code for that one capability (sm_90a)
+    )
     max_rank: int | None = None
 
 
+_HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 ROWS = (
     Row("mask", "cuda", _KERNEL_DTYPES, min_capability=(7, 5)),
+    Row(
+        "gemm", "cuda", _HALF_DTYPES, min_capability=(9, 0), kernel="_gemm_sm90", max_rank=MAX_RANK
+    ),
     *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
 )
@@ -77,7 +84,9 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
     if row.backend == "cuda" and not _library.load(device):
         return _library.status().reason or f"the op library has no code for {device}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < row.min_capability:
+    if row.kernel is not None and not _library.has_kernel(row.kernel):
+        return f"the op library was built without {row.kernel[1:]}"
+    if capability < row.min_capability or (row.kernel and capability != row.min_capability):
         need = ".".join(map(str, row.min_capability))
         have = ".".join(map(str, capability))
         return f"needs compute capability {need}, {device} has {have}"
@@ -109,6 +118,14 @@ def table(device: torch.device) -> list[dict[str, object]]:
                 {"op": op, "backend": backend, "ok": reason is None, "reason": reason or ""}
             )
     return rows
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a problem suits a kernel: why it cannot run it, and whether the next backend would be faster."""
+
+    miss: str | None = None
+    slower: str | None = None
 
 
 # ---- the caller's preference ---------------------------------------------------------------------------------
@@ -160,8 +177,14 @@ def preference() -> Preference:
     return _preference
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
-    """The backend that runs ``op`` now.
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int,
+    fit: Callable[[], Fit] | None = None,
+) -> str:
+    """The backend that runs ``op`` now. ``fit`` says how the tensors suit the cuda kernel; asked only where it counts.
 
     Raises:
         RuntimeError: a strict preference cannot run it (the message says why), or no backend can.
@@ -169,6 +192,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
     wanted = _preference
     if wanted.name is not None:
         reason = miss(op, wanted.name, device, dtype, rank)
+        if reason is None and wanted.name == "cuda" and fit is not None:
+            reason = fit().miss
         if reason is None:
             return wanted.name
         if wanted.strict:
@@ -176,9 +201,17 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
                 f"backend({wanted.name!r}, strict=True): {op} on {device} in {dtype} at rank {rank} is not "
                 f"supported: {reason}. Drop strict=True to let the next backend run it"
             )
+    spare = None  # a cuda kernel that Triton beats, but plain torch does not
     for name in BACKENDS:
         if name == "triton" and device.type == "cpu":
             continue
-        if miss(op, name, device, dtype, rank) is None:
-            return name
+        if miss(op, name, device, dtype, rank) is not None:
+            continue
+        suits = fit() if name == "cuda" and fit is not None else Fit()
+        if suits.miss is not None:
+            continue
+        if suits.slower is not None:
+            spare = name
+            continue
+        return spare if name == "torch" and spare else name
     raise RuntimeError(f"{op}: no backend takes {dtype} on {device}; cast the input to float32")

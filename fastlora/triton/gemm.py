@@ -247,9 +247,12 @@ def tile_for(
     if m <= 64:
         rows = launch.pick(m, (32, 64) if masked else (16, 32, 64))  # masks come 32 rows at a time
         return GemmTile(rows, 64, 128 if roomy else 64, warps=4, stages=4 if roomy else 3)
+    hopper = roomy and launch.capability(device) >= (9, 0)
     if m <= 512:
+        if hopper:
+            return GemmTile(128, 128, 64, warps=8, stages=4, br=launch.pick(rank, (16, 32)))
         return GemmTile(64, 128, 64, warps=4, stages=4 if roomy else 3)
-    if roomy and launch.capability(device) >= (9, 0):
+    if hopper:
         # The first rank block waits in shared memory beside three 48 KB stages and the staging of y: with more than
         # 16 ranks y is staged in halves. A mask, and an fp32 factor to convert, each take registers and memory from
         # it. Without a low-rank term halves were measured faster where w is K-major, slower where it is not.

@@ -70,6 +70,11 @@ def test_a_simt_file_is_compiled_for_everything_asked():
     assert archs.for_kind("simt", asked) == asked
 
 
+def test_a_hopper_file_is_compiled_for_hopper_alone():
+    assert archs.for_kind("sm90", archs.parse("default", CUDA_13)) == ["90a-real"]
+    assert archs.for_kind("sm90", archs.parse("8.0 9.0 12.0", CUDA_13)) == []
+
+
 def test_command_line_as_cmake_calls_it():
     command = [sys.executable, str(ROOT / "csrc" / "archs.py")]
     good = subprocess.run([*command, "8.0 9.0a", "13.0.88", "simt"], capture_output=True, text=True)

@@ -70,11 +70,27 @@ def test_without_triton_every_op_has_a_backend(monkeypatch, capability):
     monkeypatch.setitem(sys.modules, "triton", None)  # what import finds where nothing is installed
     support.triton_missing.cache_clear()
     try:
-        reason = support.miss("gemm", "triton", GPU, BF16, 16)
+        reason = support.miss("down", "triton", GPU, BF16, 16)
         assert reason is not None and "triton" in reason
-        assert support.choose("gemm", GPU, BF16, 16) == "torch"
+        assert support.choose("down", GPU, BF16, 16) == "torch"
     finally:
         support.triton_missing.cache_clear()
+
+
+def test_a_slower_kernel_is_better_than_none(monkeypatch):
+    """Where Triton is missing, a cuda kernel that would lose to it still beats plain torch."""
+    missing = {"triton": "not installed"}
+    monkeypatch.setattr(support, "miss", lambda op, name, *_: missing.get(name))
+    fits = {
+        "cuda": support.Fit(),
+        "triton or cuda": support.Fit(slower="few rows"),
+        "torch": support.Fit(miss="odd pitch"),
+    }
+    for expected, fit in fits.items():
+        chosen = support.choose("gemm", GPU, BF16, 16, lambda fit=fit: fit)
+        assert chosen in expected
+    missing.clear()
+    assert support.choose("gemm", GPU, BF16, 16, lambda: fits["triton or cuda"]) == "triton"
 
 
 BROKEN = {
@@ -116,8 +132,8 @@ def test_a_triton_that_cannot_be_imported_is_as_good_as_missing(broken):
         "torch.cuda.get_device_capability = lambda device=None: (9, 0)\n"
         "from fastlora.ops import support\n"
         "gpu = torch.device('cuda', 0)\n"
-        "print(support.choose('gemm', gpu, torch.bfloat16, 16))\n"
-        "print(support.miss('gemm', 'triton', gpu, torch.bfloat16, 16))\n"
+        "print(support.choose('down', gpu, torch.bfloat16, 16))\n"
+        "print(support.miss('down', 'triton', gpu, torch.bfloat16, 16))\n"
     )
     chosen, reason = run_python(program, PYTHONPATH=broken, TRITON_INTERPRET="0").splitlines()
     assert chosen == "torch" and "undefined symbol" in reason

@@ -1,0 +1,90 @@
+// Tensor maps: how TMA cuts a matrix of global memory into boxes. Encoded on the host and passed to
+// a kernel by value, as a __grid_constant__ parameter. Encoding takes about a microsecond.
+//
+// The encoder is a function of the driver; it is looked up through the CUDA runtime, so that
+// nothing links libcuda.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace fastlora {
+
+enum class ElementType { kBfloat16, kFloat16, kFloat32 };
+
+namespace internal {
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+inline EncodeTiled find_encode_tiled() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || function == nullptr) {
+    throw std::runtime_error(
+        std::string("fastlora: this CUDA driver has no cuTensorMapEncodeTiled (needs CUDA 12): ") +
+        cudaGetErrorString(error));
+  }
+  return reinterpret_cast<EncodeTiled>(function);
+}
+
+// Dimensions innermost first; pitches (elements) of dimensions 1 and up.
+inline CUtensorMap encode(const void* data, ElementType type, int rank, const int64_t* sizes,
+                          const int64_t* pitches, const int* box, bool swizzle) {
+  static const EncodeTiled encode_tiled = find_encode_tiled();
+  const int bytes = type == ElementType::kFloat32 ? 4 : 2;
+  const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                       CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                       CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
+  cuuint64_t dims[3], strides[2];
+  cuuint32_t boxes[3], steps[3];
+  for (int i = 0; i < rank; ++i) {
+    dims[i] = static_cast<cuuint64_t>(sizes[i]);
+    boxes[i] = static_cast<cuuint32_t>(box[i]);
+    steps[i] = 1;
+    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(pitches[i - 1]) * bytes;
+  }
+  CUtensorMap map;
+  const CUresult result =
+      encode_tiled(&map, types[static_cast<int>(type)], rank, const_cast<void*>(data), dims,
+                   strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    std::ostringstream message;
+    message << "fastlora: cuTensorMapEncodeTiled failed with code " << result << " for address "
+            << data << " (a multiple of 16 is needed), sizes";
+    for (int i = 0; i < rank; ++i) message << ' ' << sizes[i];
+    message << ", pitches (of a multiple of 16 bytes)";
+    for (int i = 0; i + 1 < rank; ++i) message << ' ' << pitches[i];
+    message << ", box";
+    for (int i = 0; i < rank; ++i) message << ' ' << box[i];
+    throw std::runtime_error(message.str());
+  }
+  return map;
+}
+
+}  // namespace internal
+
+// A matrix [rows, cols] with contiguous rows `pitch` elements apart, in boxes of
+// [box_rows, box_cols]: at most 256 each, and box_cols at most 128 bytes with the 128-byte swizzle.
+// The address must be a multiple of 16, the pitch of 16 bytes. Loads fill what lies outside with 0.
+inline CUtensorMap tensor_map_2d(const void* data, ElementType type, int64_t rows, int64_t cols,
+                                 int64_t pitch, int box_rows, int box_cols, bool swizzle = true) {
+  const int64_t sizes[] = {cols, rows};
+  const int box[] = {box_cols, box_rows};
+  return internal::encode(data, type, 2, sizes, &pitch, box, swizzle);
+}
+
+}  // namespace fastlora
