@@ -13,4 +13,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
   m.def(
       "_gemm_sm90(Tensor x, Tensor w, Tensor? h, Tensor? l, Tensor? bias, Tensor? words, int[]? "
       "config) -> Tensor");
+  // h [m, r up to 8] = scale [scaling] drop(x [m, k]) l [r, k]^T, the mask words of [m, emit_cols],
+  // and cast (float32) in x's dtype
+  m.def(
+      "_down_sm90(Tensor x, Tensor l, Tensor? scaling, float scale, Tensor? rng_state, int keep, "
+      "int "
+      "emit_cols, Tensor? cast) -> (Tensor, Tensor, Tensor)");
+  // d_a [rank, k] = g^T drop(x), d_b [n, rank] = dy^T h, d_bias [n] = sum_m dy
+  m.def(
+      "_wgrad_sm90(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, Tensor? words, int rank, bool "
+      "float_a, "
+      "bool float_b, bool bias) -> (Tensor, Tensor, Tensor)");
 }

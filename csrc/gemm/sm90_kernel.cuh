@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (cluster > 1) cluster_sync();  // no load may arrive before the barriers are there
-  pdl_launch_dependents();
 
   const int first = blockIdx.x / cluster, stride = gridDim.x / cluster;
   if (warp < 4) {

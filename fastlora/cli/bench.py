@@ -100,6 +100,8 @@ def linear(
         for text in dict.fromkeys(shape or (_GPU_SHAPES if on_gpu else _CPU_SHAPES))
     ]
     wanted = {f"fastlora-{each.value}" for each in backend or BackendName}
+    if not backend:
+        wanted.add("fastlora")
     providers = {
         label: provider
         for label, provider in all_providers().items()

@@ -168,6 +168,17 @@ _gemm_op = torch.ops.fastlora._gemm.default
 _wgrad_op = torch.ops.fastlora._wgrad.default
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _eager(like: Tensor) -> bool:
+    """Whether nobody is watching: no compiler, no dispatch mode, no tensor subclass. Then the op's implementation is
+    called at once; the way through torch's dispatcher and back into Python costs as much as a small kernel."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(like) in _PLAIN and torch._C._len_torch_dispatch_stack() == 0
+
+
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     """The dropout mask of ``fastlora.rng``, int32 words of ``rng.mask_shape``."""
     return _mask_op(rng_state, rows, cols, keep)
@@ -188,7 +199,8 @@ def down(
     [M, emit_cols] come out beside h for the ops that follow (shape [0] otherwise): where a pass waits for memory,
     making them costs next to nothing.
     """
-    h, words = _down_op(x, l, scaling, scale, rng_state, keep, emit_cols)
+    run = _down if _eager(x) else _down_op
+    h, words = run(x, l, scaling, scale, rng_state, keep, emit_cols)
     return h, words
 
 
@@ -201,7 +213,8 @@ def gemm(
     words: Tensor | None = None,
 ) -> Tensor:
     """y = x w^T + bias + drop(h l^T). x [M, K], w [N, K], h [M, r], l [N, r], any strides -> [M, N]."""
-    return _gemm_op(x, w, h, l, bias, words)
+    run = _gemm if _eager(x) else _gemm_op
+    return run(x, w, h, l, bias, words)
 
 
 def wgrad(
@@ -215,4 +228,6 @@ def wgrad(
     dtype_bias: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dA = g^T drop(x) [r, K], dB = dy^T h [N, r], dbias = sum_m dy [N]; shape [0] for what was not asked."""
-    return _wgrad_op(x, g, dy, h, words, dtype_a, dtype_b, dtype_bias)
+    like = x if x is not None else dy
+    run = _wgrad if like is not None and _eager(like) else _wgrad_op
+    return run(x, g, dy, h, words, dtype_a, dtype_b, dtype_bias)

@@ -387,5 +387,11 @@ def all_providers() -> dict[str, Provider]:
             _refuses_dropout,
         ),
         *(fastlora_provider(backend) for backend in BACKENDS),
+        Provider(
+            "fastlora",
+            "fastlora.lora_linear as it comes: the dispatcher's choice of backends",
+            _build_fastlora,
+            ours=True,
+        ),
     ]
     return {provider.name: provider for provider in listed}
