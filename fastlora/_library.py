@@ -35,6 +35,8 @@ class Status:
     reason: str
 
 
+ABI = 2  # what the library's ops take and mean; CMakeLists.txt has the same number
+
 _lock = threading.Lock()
 _status: Status | None = None
 
@@ -143,12 +145,16 @@ def _load() -> Status:
         return Status(
             False, path, f"{path} needs torch {need} or newer, this is {torch.__version__}"
         )
+    if record and record.get("abi") != ABI:
+        return Status(False, path, f"{path} was built from other sources than these: rebuild it")
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return Status(False, path, _explained(path, record, error))
     torch.library.register_fake("fastlora::_dropout_mask", _fake_dropout_mask)
     torch.library.register_fake("fastlora::_gemm_sm90", _fake_gemm)
+    torch.library.register_fake("fastlora::_down_sm90", _fake_down)
+    torch.library.register_fake("fastlora::_wgrad_sm90", _fake_wgrad)
     return Status(True, path, "")
 
 
@@ -174,11 +180,38 @@ def _explained(path: Path, record: dict[str, Any], error: Exception) -> str:
 
 def has_kernel(op: str) -> bool:
     """Whether the loaded library has CUDA code for ``fastlora::op`` (families are compiled for the asked GPUs only)."""
-    return load() and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{op}", "CUDA")
+    name = f"fastlora::{op}"
+    return name in _ops() and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+@functools.cache
+def _ops() -> frozenset[str]:
+    return frozenset(torch._C._dispatch_get_all_op_names()) if load() else frozenset()
 
 
 def _fake_gemm(x: torch.Tensor, w: torch.Tensor, *_: object) -> torch.Tensor:
     return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _fake_down(x, l, scaling, scale, rng_state, keep, emit_cols, cast):  # type: ignore[no-untyped-def]
+    words = mask_shape(x.shape[0], emit_cols) if rng_state is not None and emit_cols else (0,)
+    rounded = (0,) if cast is None else (cast.shape[0], (cast.shape[1] + 7) // 8 * 8)
+    h = x.new_empty(x.shape[0], (l.shape[0] + 7) // 8 * 8)
+    return h, x.new_empty(words, dtype=torch.int32), x.new_empty(rounded)
+
+
+def _fake_wgrad(x, g, dy, h, words, rank, float_a, float_b, bias):  # type: ignore[no-untyped-def]
+    like = x if x is not None else dy
+
+    def grad(shape: tuple[int, ...] | None, wide: bool) -> torch.Tensor:
+        return like.new_empty(shape or (0,), dtype=torch.float32 if wide and shape else like.dtype)
+
+    n = None if dy is None else dy.shape[1]
+    return (
+        grad(None if x is None else (rank, x.shape[1]), float_a),
+        grad(None if n is None else (n, rank), float_b),
+        grad((n,) if n is not None and bias else None, False),
+    )
 
 
 def _fake_dropout_mask(rng_state: torch.Tensor, rows: int, cols: int, keep: int) -> torch.Tensor:

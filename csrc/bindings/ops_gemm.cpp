@@ -94,11 +94,12 @@ Tensor gemm(const Tensor& x, const Tensor& w, std::optional<Tensor> h, std::opti
   params.y = y.mutable_data_ptr();
   params.y_pitch = n;
   if (h.has_value()) {
+    check(h->dim() == 2, "_gemm_sm90: h must be a matrix");
     params.rank = h->size(1);
-    check_like("h", *h, x, m, params.rank);
-    check_like("l", *l, x, n, params.rank);
   }
   if (params.rank > 0) {
+    check_like("h", *h, x, m, params.rank);
+    check_like("l", *l, x, n, params.rank);
     const Rows h_rows = rows_of("h", *h, false), l_rows = rows_of("l", *l, params.w_mn_major);
     params.h = h_rows.data;
     params.h_pitch = h_rows.pitch;

@@ -52,6 +52,11 @@ std::tuple<Tensor, Tensor, Tensor> down(const Tensor& x, const Tensor& l, Option
         "_down_sm90: x and l must be matrices of as many columns");
   check(l.scalar_type() == ScalarType::Float || l.scalar_type() == x.scalar_type(),
         "_down_sm90: l must have x's dtype or float32");
+  const int32_t device = x.get_device_index();
+  check(l.get_device_index() == device, "_down_sm90: l must be on x's device");
+  check(x.size(0) > 0 && x.size(1) > 0 && l.size(0) > 0,
+        "_down_sm90: x and l must not be empty, got [", x.size(0), ", ", x.size(1), "] and rank ",
+        l.size(0));
   params.m = x.size(0);
   params.k = x.size(1);
   params.rank = l.size(0);
@@ -63,12 +68,12 @@ std::tuple<Tensor, Tensor, Tensor> down(const Tensor& x, const Tensor& l, Option
   params.l_stride_k = l.stride(1);
   params.scale = static_cast<float>(scale);
   if (scaling.has_value()) {
-    check(scaling->scalar_type() == ScalarType::Float && scaling->numel() == 1,
-          "_down_sm90: scaling must be one float32");
+    check(scaling->scalar_type() == ScalarType::Float && scaling->numel() == 1 &&
+              scaling->get_device_index() == device,
+          "_down_sm90: scaling must be one float32 on x's device");
     params.scaling = scaling->const_data_ptr<float>();
   }
 
-  const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t pitch = ceil_div(params.rank, 8) * 8;
   const Tensor h = new_empty({params.m, pitch}, x.scalar_type(), x);
@@ -80,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> down(const Tensor& x, const Tensor& l, Option
            : new_empty({0}, ScalarType::Int, x);
   if (rng_state.has_value()) {
     check(rng_state->scalar_type() == ScalarType::Long && rng_state->numel() == 2 &&
-              rng_state->get_device_index() == device,
+              rng_state->dim() == 1 && rng_state->get_device_index() == device,
           "_down_sm90: rng_state must be an int64 tensor of 2 elements on x's device");
     check(0 <= keep && keep <= kKeepAll, "_down_sm90: keep must be in 0..", kKeepAll);
     params.rng_state = rng_state->const_data_ptr<int64_t>();
@@ -123,6 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> wgrad(OptionalTensor x, OptionalTensor g, Opt
   const Tensor& like = x.has_value() ? *x : *dy;
   WgradParams params{};
   params.half = is_half(like);
+  check(like.dim() == 2 && like.size(0) > 0 && rank > 0,
+        "_wgrad_sm90: there must be rows and a rank");
   params.m = like.size(0);
   params.rank = rank;
   const auto type = [&](bool wide) { return wide ? ScalarType::Float : like.scalar_type(); };
@@ -134,6 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> wgrad(OptionalTensor x, OptionalTensor g, Opt
   Tensor d_a = new_empty({0}, like.scalar_type(), like), d_b = d_a, d_bias = d_a;
   if (x.has_value()) {
     params.k = x->size(1);
+    check(params.k > 0, "_wgrad_sm90: x must have columns");
     params.x_pitch = pitch_of("_wgrad_sm90: x", *x, like);
     params.x = x->const_data_ptr();
     params.g_pitch = pitch_of("_wgrad_sm90: g", *g, like);
@@ -141,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> wgrad(OptionalTensor x, OptionalTensor g, Opt
     check(g->size(0) == params.m && g->size(1) >= rank, "_wgrad_sm90: g must be [m, rank]");
     if (words.has_value()) {
       check(words->is_contiguous() && words->dim() == 2 &&
+                words->scalar_type() == ScalarType::Int && words->get_device_index() == device &&
                 words->size(0) == 8 * ceil_div(params.m, 32) &&
                 words->size(1) == ceil_div(params.k, 8),
             "_wgrad_sm90: words must be the contiguous mask of x");
@@ -152,6 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> wgrad(OptionalTensor x, OptionalTensor g, Opt
   }
   if (dy.has_value()) {
     params.n = dy->size(1);
+    check(params.n > 0, "_wgrad_sm90: dy must have columns");
     params.dy_pitch = pitch_of("_wgrad_sm90: dy", *dy, like);
     params.dy = dy->const_data_ptr();
     params.h_pitch = pitch_of("_wgrad_sm90: h", *h, like);

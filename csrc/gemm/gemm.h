@@ -13,7 +13,7 @@ struct CUstream_st;
 namespace fastlora {
 
 struct GemmParams {
-  int64_t m, n, k;          // each at least 1, below 2^31
+  int64_t m, n, k;          // each at least 1; n a multiple of 8
   int64_t rank = 0;         // 0: h and l are not read
   bool half = false;        // fp16 instead of bf16
   bool w_mn_major = false;  // w is [k, n] and l [rank, n] (backward), not [n, k], [n, rank]

@@ -24,6 +24,8 @@ using sm90::GemmArgs;
 using sm90::GemmMaps;
 using sm90::kBlockK;
 
+constexpr int64_t kMostSize = (int64_t{1} << 31) - 1024;  // tile edges stay below 2^31
+
 void check_matrix(const char* name, const void* data, int64_t pitch, int64_t cols) {
   check(data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0, "gemm_sm90: ", name,
         " must start at a multiple of 16 bytes");
@@ -33,8 +35,8 @@ void check_matrix(const char* name, const void* data, int64_t pitch, int64_t col
 
 void check_all(const GemmParams& p, const GemmConfig& c) {
   for (const int64_t size : {p.m, p.n, p.k}) {
-    check(size >= 1 && size < std::numeric_limits<int32_t>::max(),
-          "gemm_sm90: sizes must be in 1..2^31-2, got ", size);
+    check(size >= 1 && size <= kMostSize, "gemm_sm90: sizes must be in 1..", kMostSize, ", got ",
+          size);
   }
   check(p.rank >= 0 && p.rank <= 4096, "gemm_sm90: rank must be in 0..4096, got ", p.rank);
   // TMA clips stores in pieces of 16 bytes: with another n it writes zeros into the next ones.

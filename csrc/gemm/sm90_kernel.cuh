@@ -13,9 +13,9 @@
 //   a cluster of 2 tiles that are neighbours along m (n): each CTA loads half of the W (x) slab for
 //     both. Both always run the same steps; tiles beyond the edge are filled and clipped.
 //
-// Takes: any m, n, k, rank >= 1; pitches in multiples of 8 elements. W and L are k-contiguous
-// (kMnMajor = false) or n-contiguous (true: nothing is transposed in memory, the tensor cores read
-// the other way).
+// Takes: any m, k >= 1, n a multiple of 8, any rank; pitches in multiples of 8 elements. W and L
+// are k-contiguous (kMnMajor = false) or n-contiguous (true: nothing is transposed in memory, the
+// tensor cores read the other way).
 //
 // Shared memory: kStages x (BM + BN) x 128 bytes of ring, 2 x 2 slabs of 8 KiB to store from, and
 // 16 bytes of mbarriers a stage. 128 x 256: 4 x 48 + 32 = 224 KiB.

@@ -30,13 +30,11 @@ int64_t stage_bytes(int block_m, int block_n) {
   return int64_t{kElement} * kBlockK * (block_m + block_n);
 }
 
-// Half of the output tile, staged for the TMA store.
-int64_t staging_bytes(int block_m, int block_n) {
-  return int64_t{kElement} * block_m * block_n / 2;
-}
+constexpr int64_t kStaging =
+    32768;  // of y, for the TMA stores: two slabs a warp, whatever the tile
 
 int most_stages(int block_m, int block_n) {
-  const int64_t ring = kSharedMemory - staging_bytes(block_m, block_n) - kBarrierBytes;
+  const int64_t ring = kSharedMemory - kStaging - kBarrierBytes;
   return static_cast<int>(std::min<int64_t>(ring / stage_bytes(block_m, block_n), kMaxStages));
 }
 
@@ -73,7 +71,7 @@ void Problem::validate() const {
 }
 
 int64_t TileConfig::shared_memory() const {
-  return stages * stage_bytes(block_m, block_n) + staging_bytes(block_m, block_n) + kBarrierBytes;
+  return stages * stage_bytes(block_m, block_n) + kStaging + kBarrierBytes;
 }
 
 void TileConfig::validate() const {

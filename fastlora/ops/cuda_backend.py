@@ -19,6 +19,8 @@ def _rows_miss(name: str, t: Tensor, along: int) -> str | None:
     """Why TMA cannot read the matrix by contiguous lines along dimension ``along``."""
     if t.stride(along) != 1 and t.shape[along] != 1:
         return f"{name} is not contiguous along dimension {along}"
+    if t.shape[1 - along] != 1 and t.stride(1 - along) < t.shape[along]:
+        return f"{name}'s lines overlap"
     if t.data_ptr() % 16 or (t.stride(1 - along) % 8 and t.shape[1 - along] != 1):
         return f"{name} must start at, and have lines apart by, multiples of 16 bytes"
     return None
@@ -28,8 +30,10 @@ def gemm_fit(x: Tensor, w: Tensor, h: Tensor | None, l: Tensor | None, words: Te
     """How the tensors of a gemm suit csrc/gemm/sm90.cu."""
     m, k = x.shape
     n = w.shape[0]
-    if k == 0 or n % 8 or max(m, n, k) >= 2**31 - 1:
+    if k == 0 or n % 8 or max(m, n, k) > 2**31 - 1024:
         return Fit(f"needs K >= 1, N a multiple of 8 and sizes below 2^31, got {(m, n, k)}")
+    if (h is None) != (l is None):
+        return Fit("h and l come together")
     along = 1 if w.stride(1) == 1 else 0
     miss = _rows_miss("x", x, 1) or _rows_miss("w", w, along)
     if h is not None and l is not None and h.shape[1]:
@@ -61,4 +65,5 @@ def gemm(
     count("gemm", "cuda")
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
+        bias = bias.clone() if bias.data_ptr() % 4 else bias
     return torch.ops.fastlora._gemm_sm90(x, w, h, l, bias, words, config)

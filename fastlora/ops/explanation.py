@@ -6,14 +6,21 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
+from ..rng import mask_shape
 from . import cuda_backend, support
 
 
-def _weight_and_rank(layer: Any) -> tuple[Tensor, int]:
-    """Weight [N, K] and the active adapter's rank, of a fastlora layer or a PEFT ``lora.Linear``."""
+def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
+    value = getattr(layer, name, {})[adapter] if adapter else None
+    return getattr(value, "weight", value)
+
+
+def _tensors(layer: Any) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+    """Weight [N, K], the active adapter's A and B, and whether it drops, of a fastlora layer or a PEFT ``lora.Linear``."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -24,9 +31,11 @@ def _weight_and_rank(layer: Any) -> tuple[Tensor, int]:
     adapters = getattr(layer, "lora_A", {})
     active = [name for name in getattr(layer, "active_adapters", adapters) if name in adapters]
     if not active:
-        return weight, 0
-    lora_a = adapters[active[0]]
-    return weight, int(getattr(lora_a, "weight", lora_a).shape[0])
+        return weight, None, None, False
+    dropout = getattr(layer, "lora_dropout", {})
+    drop = dropout[active[0]] if active[0] in dropout else 0.0  # noqa: SIM401 (PEFT's ModuleDict has no get)
+    drops = getattr(drop, "p", drop if isinstance(drop, float) else 0.0) > 0 and layer.training
+    return weight, _factor(layer, "lora_A", active[0]), _factor(layer, "lora_B", active[0]), drops
 
 
 def _line(
@@ -47,7 +56,7 @@ def explain(layer: Any, x: Tensor) -> str:
 
     Args:
         layer: a LoRALinear, a PEFT ``lora.Linear``, or any module with a 2-d weight.
-        x: an input [..., K] of the layer; only its shape, dtype and device matter.
+        x: an input [..., K] of the layer; its values do not matter.
 
     Returns:
         Lines of text, one per op.
@@ -55,10 +64,12 @@ def explain(layer: Any, x: Tensor) -> str:
     Raises:
         TypeError: ``layer`` has no 2-d weight.
     """
-    weight, rank = _weight_and_rank(layer)
+    weight, lora_a, lora_b, drops = _tensors(layer)
     n, k = weight.shape
+    rank = 0 if lora_a is None else lora_a.shape[0]
     rows = x.numel() // k if k else 0
     x = x.to(autocast_dtype(x.device) or x.dtype)
+    weight = weight.to(x.dtype)
     wish = support.preference()
     preference = f", prefers {wish.name}{' (strict)' if wish.strict else ''}" if wish.name else ""
     lines = []
@@ -69,10 +80,14 @@ def explain(layer: Any, x: Tensor) -> str:
     ]
     if rank:
         lines.append(_line("down", "h = s drop(x) A^T,  g = s dY B", x, rank))
-    formula = "y = x W^T + h B^T,  dX = dY W + g A" if rank else "y = x W^T"
-    flat = x.reshape(rows, k)
-    fit = functools.partial(cuda_backend.gemm_fit, flat, weight, None, None, None)
-    lines.append(_line("gemm", formula, x, rank, fit))
+    flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
+    h = x.new_empty(rows, rank) if rank else None
+    words = x.new_empty(mask_shape(rows, k), dtype=torch.int32) if rank and drops else None
+    a_t = None if lora_a is None else lora_a.t()
+    forward = functools.partial(cuda_backend.gemm_fit, flat, weight, h, lora_b, None)
+    backward = functools.partial(cuda_backend.gemm_fit, dy, weight.t(), h, a_t, words)
+    lines.append(_line("gemm", "y = x W^T + h B^T" if rank else "y = x W^T", x, rank, forward))
+    lines.append(_line("gemm", "dX = dY W + g A" if rank else "dX = dY W", x, rank, backward))
     if rank:
         lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """The support table: which backend can run which op, in one place. A miss moves on to the next backend or raises.
 
-``triton`` runs on GPUs of compute capability 8.0 and newer, and on CPU tensors inside Triton's interpreter when it
-is asked for by name (it is a test tool there, far too slow to be a default). ``torch`` (reference.py) runs everywhere.
+``cuda`` is the op library's code for the GPUs it was built for. ``triton`` runs on GPUs of compute capability 8.0 and
+newer, and on CPU tensors inside Triton's interpreter when it is asked for by name (it is a test tool there, far too slow
+to be a default). ``torch`` (reference.py) runs everywhere.
 """
 
 from __future__ import annotations

@@ -141,6 +141,21 @@ def test_a_torch_that_is_too_old(monkeypatch, tmp_path):
     assert "needs torch 2.10 or newer, this is 2.9.1+cu130" in reason_for(monkeypatch, path)
 
 
+@pytest.mark.parametrize("record", ['{"archs": []}', '{"archs": [], "abi": 1}'])
+def test_a_library_of_other_sources_is_refused(monkeypatch, tmp_path, record):
+    """An op may mean something else there under the same name."""
+    (tmp_path / "libfastlora.so").write_bytes(b"")
+    (tmp_path / "libfastlora.json").write_text(record)
+    assert "other sources than these: rebuild" in reason_for(
+        monkeypatch, tmp_path / "libfastlora.so"
+    )
+
+
+def test_the_build_and_the_loader_agree_on_the_abi():
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    assert f'"abi": {_library.ABI},' in cmake
+
+
 def test_an_install_without_binaries_tells_what_the_build_said(monkeypatch, tmp_path):
     (tmp_path / "libfastlora.json").write_text('{"skipped": "no C++ compiler found"}')
     monkeypatch.setattr(_library, "_status", None)

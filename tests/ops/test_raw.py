@@ -7,7 +7,7 @@ import torch
 
 import fastlora
 from fastlora import ops, reference, rng
-from fastlora.ops import raw, selftest, support
+from fastlora.ops import cuda_backend, raw, selftest, support
 from fastlora.testing.compare import assert_same_bits
 from fastlora.testing.inputs import LAYOUTS, integers, with_layout
 
@@ -266,6 +266,53 @@ class TestChoice:
             assert op in text
         with pytest.raises(TypeError, match="2-d weight"):
             fastlora.explain(torch.nn.ReLU(), torch.randn(3))
+
+
+def test_lazily_negated_tensors_keep_their_sign(strict_backend, device):
+    """``.imag`` of a conjugate is a plain tensor whose data has the other sign: only the dispatcher resolves it."""
+    x, w, a, b, _ = (t.double() for t in products(20, 24, 16, 4, F32, device))
+    negated = torch.complex(torch.zeros_like(x), -x).to(torch.complex64).conj().imag
+    assert negated.is_neg() and torch.equal(negated.double(), x)
+    h = ops.down(negated, a.float())[0]
+    assert_same_bits("h", h, reference.down(x, a, None, 1.0).float())
+    y = ops.gemm(negated, w.float(), h, b.float())
+    assert_same_bits("y", y, reference.gemm(x, w, h.double(), b, None).float())
+    d_a = ops.wgrad(negated, h, None, None, None, F32, F32)[0]
+    assert_same_bits("dA", d_a, (h.double().t() @ x).float())
+
+
+def test_whoever_watches_sees_the_ops(device):
+    """A dispatch mode, a subclass or the profiler: then the ops go through the dispatcher."""
+    x, _, a, _, _ = products(20, 24, 16, 4, F32, device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.down(x, a)
+    assert "fastlora::_down" in {event.name for event in profile.events()}
+    assert raw._eager(x, a, None)
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    with TorchDispatchMode():
+        assert not raw._eager(x, a)
+    assert not raw._eager(x, x.as_subclass(type("Mine", (torch.Tensor,), {})))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: (torch.randn(64).expand(256, 64), torch.randn(32768, 64)), "x's lines overlap"),
+        (lambda: (torch.randn(1024).unfold(0, 64, 8), torch.randn(32768, 64)), "x's lines overlap"),
+        (lambda: (torch.randn(256, 1).expand(256, 64), torch.randn(32768, 64)), "x is not contig"),
+        (lambda: (torch.randn(256, 64), torch.randn(1, 64).expand(32768, 64)), "w's lines overlap"),
+        (lambda: (torch.randn(256, 64), torch.randn(32767, 64)), "N a multiple of 8"),
+        (lambda: (torch.randn(256, 68)[:, 1:65], torch.randn(32768, 64)), "multiples of 16 bytes"),
+        (lambda: (torch.randn(256, 64), torch.randn(32768, 64)), None),
+        (lambda: (torch.randn(256, 64), torch.randn(64, 32768).t()), None),
+        (lambda: (torch.randn(1, 64).expand(1, 64), torch.randn(32768, 64)), None),
+    ],
+)
+def test_gemm_fit_refuses_what_tma_cannot_read(make, why):
+    x, w = (t.to(torch.bfloat16) if t.is_contiguous() else t for t in make())
+    miss = cuda_backend.gemm_fit(x, w, None, None, None).miss
+    assert (miss is None) if why is None else (miss is not None and why in miss)
 
 
 def test_a_broken_kernel_turns_the_checks_red(strict_backend, device, monkeypatch):
