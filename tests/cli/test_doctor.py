@@ -32,6 +32,7 @@ def test_a_healthy_machine(capsys, monkeypatch, with_rich):
 def test_says_why_the_library_did_not_load(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(_library, "_status", None)
     monkeypatch.setenv("FASTLORA_LIBRARY", str(tmp_path / "gone.so"))
+    monkeypatch.setenv("COLUMNS", "500")  # a long temporary path must not break the sentence
     with pytest.warns(UserWarning, match="compiled ops are not used"):
         doctor.doctor()
     assert "there is no such file" in capsys.readouterr().out.replace("\n", " ")
