@@ -131,7 +131,6 @@ Tensor gemm(const Tensor& x, const Tensor& w, std::optional<Tensor> h, std::opti
     chosen = planned({m, n, k, params.rank, params.half ? "float16" : "bfloat16", num_sms});
   }
   chosen.num_sms = num_sms;
-  chosen.pdl = Pdl::kWait;
   gemm_sm90(params, chosen, current_stream(device));
   return y;
 }

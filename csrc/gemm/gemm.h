@@ -38,8 +38,7 @@ struct GemmParams {
   int64_t mask_pitch = 0;
 };
 
-// Programmatic dependent launch. The kernel lets its successor in when its CTAs end: earlier was
-// measured slower.
+// Programmatic dependent launch.
 enum class Pdl {
   kOff,       // an ordinary launch
   kWait,      // may start early; waits for the kernels before it before it reads anything

@@ -17,7 +17,7 @@
 // are k-contiguous (kMnMajor = false) or n-contiguous (true: nothing is transposed in memory, the
 // tensor cores read the other way).
 //
-// Shared memory: kStages x (BM + BN) x 128 bytes of ring, 2 x 2 slabs of 8 KiB to store from, and
+// Shared memory: kStages x (BM + BN) x 128 bytes of ring, 8 x 2 slabs of 2 KiB to store from, and
 // 16 bytes of mbarriers a stage. 128 x 256: 4 x 48 + 32 = 224 KiB.
 #pragma once
 
@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (cluster > 1) cluster_sync();  // no load may arrive before the barriers are there
+  pdl_launch_dependents();
 
   const int first = blockIdx.x / cluster, stride = gridDim.x / cluster;
   if (warp < 4) {

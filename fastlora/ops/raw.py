@@ -168,28 +168,6 @@ _gemm_op = torch.ops.fastlora._gemm.default
 _wgrad_op = torch.ops.fastlora._wgrad.default
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _eager(*tensors: Tensor | None) -> bool:
-    """Whether the dispatcher would do nothing but call back: no compiler, tracer, mode or transform at work, and plain
-    tensors (no subclass, no lazy negation). Then the op's implementation is called at once; the way through torch's
-    dispatcher and back into Python costs as much as a small kernel."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._get_tracing_state() is not None:
-        return False
-    if (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-    ):
-        return False
-    return all(
-        t is None or (type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor())
-        for t in tensors
-    )
-
-
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     """The dropout mask of ``fastlora.rng``, int32 words of ``rng.mask_shape``."""
     return _mask_op(rng_state, rows, cols, keep)
@@ -210,8 +188,7 @@ def down(
     [M, emit_cols] come out beside h for the ops that follow (shape [0] otherwise): where a pass waits for memory,
     making them costs next to nothing.
     """
-    run = _down if _eager(x, l, scaling, rng_state) else _down_op
-    h, words = run(x, l, scaling, scale, rng_state, keep, emit_cols)
+    h, words = _down_op(x, l, scaling, scale, rng_state, keep, emit_cols)
     return h, words
 
 
@@ -224,8 +201,7 @@ def gemm(
     words: Tensor | None = None,
 ) -> Tensor:
     """y = x w^T + bias + drop(h l^T). x [M, K], w [N, K], h [M, r], l [N, r], any strides -> [M, N]."""
-    run = _gemm if _eager(x, w, h, l, bias, words) else _gemm_op
-    return run(x, w, h, l, bias, words)
+    return _gemm_op(x, w, h, l, bias, words)
 
 
 def wgrad(
@@ -239,5 +215,4 @@ def wgrad(
     dtype_bias: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dA = g^T drop(x) [r, K], dB = dy^T h [N, r], dbias = sum_m dy [N]; shape [0] for what was not asked."""
-    run = _wgrad if _eager(x, g, dy, h, words) else _wgrad_op
-    return run(x, g, dy, h, words, dtype_a, dtype_b, dtype_bias)
+    return _wgrad_op(x, g, dy, h, words, dtype_a, dtype_b, dtype_bias)

@@ -141,74 +141,21 @@ def _gemm_kernel(
         if LOW_RANK and not MASK:
             acc = _low_rank(h_tile, l_0, acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
                             BM, BN, BR, RP, PRECISION)  # fmt: skip
-        if (
-            HALVES
-        ):  # half the registers for the masked product, half the staging memory for the store
+        if HALVES:  # half the registers for a masked product, half the memory to stage y in
             acc_0, acc_1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLS)), (0, 2, 1)))
             if MASK:
                 low = _low_rank(h_tile, l_0, tl.zeros_like(acc_0), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
-            _finish(
-                acc_0,
-                low,
-                words_0,
-                y,
-                bias,
-                row0,
-                col0,
-                M,
-                N,
-                stride_ym,
-                BM,
-                COLS,
-                TMA,
-                MASK,
-                BIAS,
-                DTYPE,
-            )
+            _finish(acc_0, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
             if MASK:
                 low = _low_rank(h_tile, l_1, tl.zeros_like(acc_1), h, l, row0, col1, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
-            _finish(
-                acc_1,
-                low,
-                words_1,
-                y,
-                bias,
-                row0,
-                col1,
-                M,
-                N,
-                stride_ym,
-                BM,
-                COLS,
-                TMA,
-                MASK,
-                BIAS,
-                DTYPE,
-            )
+            _finish(acc_1, low, words_1, y, bias, row0, col1, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
         else:
             if MASK:
                 low = _low_rank(h_tile, l_0, tl.zeros_like(acc), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
-            _finish(
-                acc,
-                low,
-                words_0,
-                y,
-                bias,
-                row0,
-                col0,
-                M,
-                N,
-                stride_ym,
-                BM,
-                COLS,
-                TMA,
-                MASK,
-                BIAS,
-                DTYPE,
-            )
+            _finish(acc, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
 
 
 _TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -281,20 +281,6 @@ def test_lazily_negated_tensors_keep_their_sign(strict_backend, device):
     assert_same_bits("dA", d_a, (h.double().t() @ x).float())
 
 
-def test_whoever_watches_sees_the_ops(device):
-    """A dispatch mode, a subclass or the profiler: then the ops go through the dispatcher."""
-    x, _, a, _, _ = products(20, 24, 16, 4, F32, device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        ops.down(x, a)
-    assert "fastlora::_down" in {event.name for event in profile.events()}
-    assert raw._eager(x, a, None)
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    with TorchDispatchMode():
-        assert not raw._eager(x, a)
-    assert not raw._eager(x, x.as_subclass(type("Mine", (torch.Tensor,), {})))
-
-
 @pytest.mark.parametrize(
     ("make", "why"),
     [

@@ -38,12 +38,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
                : "memory");
 }
 
-// Lets the current phase wait for `bytes` more, without arriving.
-__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
 // Arrives at the barrier that has this address in CTA `rank` of the cluster (0 without a cluster).
 // For barriers that guard reads by tensor cores or TMA: it orders nothing for generic accesses of
 // other CTAs.
