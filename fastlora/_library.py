@@ -35,7 +35,7 @@ class Status:
     reason: str
 
 
-ABI = 2  # what the library's ops take and mean; CMakeLists.txt has the same number
+ABI = 3  # what the library's ops take and mean; CMakeLists.txt has the same number
 
 _lock = threading.Lock()
 _status: Status | None = None
@@ -155,6 +155,8 @@ def _load() -> Status:
     torch.library.register_fake("fastlora::_gemm_sm90", _fake_gemm)
     torch.library.register_fake("fastlora::_down_sm90", _fake_down)
     torch.library.register_fake("fastlora::_wgrad_sm90", _fake_wgrad)
+    torch.library.register_fake("fastlora::_lora_forward_sm90", _fake_lora_forward)
+    torch.library.register_fake("fastlora::_lora_backward_sm90", _fake_lora_backward)
     return Status(True, path, "")
 
 
@@ -211,6 +213,21 @@ def _fake_wgrad(x, g, dy, h, words, rank, float_a, float_b, bias):  # type: igno
         grad(None if x is None else (rank, x.shape[1]), float_a),
         grad(None if n is None else (n, rank), float_b),
         grad((n,) if n is not None and bias else None, False),
+    )
+
+
+def _fake_lora_forward(x, w, a, *_):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+def _fake_lora_backward(dy, w, a, b, x, h, scaling, scale, bias, float_bias, config):  # type: ignore[no-untyped-def]
+    nothing = dy.new_empty(0)
+    bias_dtype = torch.float32 if float_bias else dy.dtype
+    return (
+        dy.new_empty(dy.shape[0], w.shape[1]),
+        nothing if x is None else a.new_empty(a.shape),
+        nothing if h is None else b.new_empty(b.shape),
+        dy.new_empty(w.shape[0], dtype=bias_dtype) if bias else nothing,
     )
 
 

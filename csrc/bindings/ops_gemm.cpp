@@ -5,15 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
-#include <map>
-#include <mutex>
 #include <optional>
 
+#include "bindings/gemm_plan.h"
 #include "gemm/gemm.h"
 #include "host/check.h"
 #include "host/stream.h"
-#include "plan/plan.h"
 
 namespace fastlora {
 namespace {
@@ -43,25 +40,6 @@ void check_like(const char* name, const Tensor& t, const Tensor& x, int64_t rows
         "_gemm_sm90: ", name, " must have x's dtype and device");
   check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, "_gemm_sm90: ", name, " must be [",
         rows, ", ", cols, "]");
-}
-
-// Planning looks at every candidate; a model asks for the same few problems all the time.
-GemmConfig planned(const Problem& problem) {
-  static std::mutex mutex;
-  static std::map<std::array<int64_t, 5>, GemmConfig> known;
-  const std::array<int64_t, 5> key = {problem.m, problem.n, problem.k, problem.rank,
-                                      problem.num_sms};
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  GemmConfig config;
-  for (const TileConfig& tile : candidates(problem)) {
-    if (tile.split_k != 1) continue;  // the kernel does not split K yet
-    config = {tile.block_m, tile.block_n, tile.cluster_m, tile.cluster_n, tile.group_m};
-    break;
-  }
-  if (known.size() > 4096) known.clear();
-  return known[key] = config;
 }
 
 Tensor gemm(const Tensor& x, const Tensor& w, std::optional<Tensor> h, std::optional<Tensor> l,
@@ -128,7 +106,10 @@ Tensor gemm(const Tensor& x, const Tensor& w, std::optional<Tensor> h, std::opti
     check(tile.split_k == 1, "_gemm_sm90: split_k must be 1, got ", tile.split_k);
     chosen = {tile.block_m, tile.block_n, tile.cluster_m, tile.cluster_n, tile.group_m};
   } else {
-    chosen = planned({m, n, k, params.rank, params.half ? "float16" : "bfloat16", num_sms});
+    // The kernel does not split K.
+    chosen = planned(
+        0, {m, n, k, params.rank, params.half ? "float16" : "bfloat16", num_sms},
+        [](const TileConfig& tile) { return tile.split_k == 1; }, GemmConfig{});
   }
   chosen.num_sms = num_sms;
   gemm_sm90(params, chosen, current_stream(device));

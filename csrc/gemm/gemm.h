@@ -38,19 +38,12 @@ struct GemmParams {
   int64_t mask_pitch = 0;
 };
 
-// Programmatic dependent launch.
-enum class Pdl {
-  kOff,       // an ordinary launch
-  kWait,      // may start early; waits for the kernels before it before it reads anything
-  kDeferred,  // waits only before it reads h: nothing else may come from the kernel before it
-};
-
 struct GemmConfig {
   int block_m = 128, block_n = 256;  // a tile of FASTLORA_GEMM_TILES in sm90.cu
   int cluster_m = 1, cluster_n = 1;  // CTAs that share w (cluster_m) or x (cluster_n): 1 or 2
   int group_m = 16;                  // block rows walked together, so that they share w in L2
   int num_sms = 132;
-  Pdl pdl = Pdl::kOff;
+  bool dependent = false;  // may start before the kernel in front of it has finished
 };
 
 // SMs of a device, asked once.

@@ -91,6 +91,24 @@ struct Consumer {
   uint32_t slab = 0;      // offset of the slab to store from next
   float acc[Tile::kWgmmas][Tile::kValues];
 
+  __device__ __forceinline__ Consumer(const GemmMaps& maps, const GemmArgs& args, uint32_t base,
+                                      int consumer_warp, int lane)
+      : maps(maps),
+        args(args),
+        ring{base},
+        staging(base + Tile::kStages * Tile::kStageBytes + consumer_warp * 2 * kWarpSlabBytes),
+        group(consumer_warp / 4),
+        warp(consumer_warp % 4),
+        lane(lane) {}
+
+  // Where this warpgroup's part of a tile begins.
+  __device__ __forceinline__ int part_row() const {
+    return Tile::kSplitN ? 0 : group * Tile::kGroupM;
+  }
+  __device__ __forceinline__ int part_col() const {
+    return Tile::kSplitN ? group * Tile::kGroupN : 0;
+  }
+
   __device__ __forceinline__ void release(uint32_t empty) const {
     if (args.cluster_m * args.cluster_n == 1) {
       if (lane == 0) mbarrier_arrive(empty);
@@ -212,17 +230,15 @@ struct Consumer {
 
   __device__ __forceinline__ void run(int cta, int first, int stride) {
     const int tiles = args.tiles_m * args.tiles_n;
-    const int group_row = Tile::kSplitN ? 0 : group * Tile::kGroupM;
-    const int group_col = Tile::kSplitN ? group * Tile::kGroupN : 0;
     const int thread_row = warp * 16 + lane / 4;
-    if (!args.deferred_wait) pdl_wait();
+    pdl_wait();
 
     int row, col;
     MaskBits<Tile> mask;
     const auto prefetch = [&](int tile) {
       locate<Tile>(args, tile, cta, row, col);
-      row += group_row;
-      col += group_col;
+      row += part_row();
+      col += part_col();
       if constexpr (kMasked) mask.load(args, row + thread_row, col, lane);
     };
     if (first < tiles) prefetch(first);

@@ -26,16 +26,10 @@
 
 namespace fastlora::sm90 {
 
-template <class T, class Tile, bool kMnMajor, bool kMasked>
-__global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ GemmMaps maps, const __grid_constant__ GemmArgs args) {
-  extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = shared_address(shared);
-  const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);  // tells the compiler: uniform
-  const int lane = threadIdx.x % 32;
-  const int cluster = args.cluster_m * args.cluster_n;
-  const int cta = cluster == 1 ? 0 : cluster_rank();
-
+// Barriers of the ring, by the whole CTA. `more` by one thread: further barriers of the kernel.
+template <class Tile, class More>
+__device__ __forceinline__ void start_ring(uint32_t base, int cluster, const GemmMaps& maps,
+                                           More more) {
   if (threadIdx.x == 0) {
 #ifdef FASTLORA_SPIN_LIMIT
     if (base % 1024 != 0) __trap();
@@ -45,6 +39,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(ring.full(), 1);
       mbarrier_init(ring.empty(), kConsumerWarps * cluster);
     }
+    more();
     fence_mbarrier_init();
     for (const CUtensorMap* map : {&maps.x, &maps.w, &maps.h, &maps.l, &maps.y}) {
       prefetch_tensor_map(map);
@@ -52,7 +47,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (cluster > 1) cluster_sync();  // no load may arrive before the barriers are there
-  pdl_launch_dependents();
+}
+
+// The other CTA may still arrive at barriers of this one: its shared memory must not go away.
+__device__ __forceinline__ void end_together(int cluster) {
+  __syncwarp();
+  if (cluster > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+}
+
+template <class T, class Tile, bool kMnMajor, bool kMasked>
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm_kernel(const __grid_constant__ GemmMaps maps, const __grid_constant__ GemmArgs args) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = shared_address(shared);
+  const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);  // tells the compiler: uniform
+  const int lane = threadIdx.x % 32;
+  const int cluster = args.cluster_m * args.cluster_n;
+  const int cta = cluster == 1 ? 0 : cluster_rank();
+  start_ring<Tile>(base, cluster, maps, [] {});
 
   const int first = blockIdx.x / cluster, stride = gridDim.x / cluster;
   if (warp < 4) {
@@ -62,16 +78,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_increase<kConsumerRegisters>();
-    const int group = warp / 4 - 1;
-    const uint32_t staging =
-        base + Tile::kStages * Tile::kStageBytes + (warp - 4) * 2 * kWarpSlabBytes;
-    Consumer<T, Tile, kMnMajor, kMasked> consumer{maps,  args,     {base}, staging,
-                                                  group, warp % 4, lane};
+    Consumer<T, Tile, kMnMajor, kMasked> consumer(maps, args, base, warp - 4, lane);
     consumer.run(cta, first, stride);
   }
-  // The other CTA may still arrive at barriers of this one: its shared memory must not go away.
-  __syncwarp();
-  if (cluster > 1) cluster_sync();
+  end_together(cluster);
 }
 
 }  // namespace fastlora::sm90

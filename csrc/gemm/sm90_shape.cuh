@@ -50,8 +50,14 @@ struct GemmArgs {
   const void* bias;
   const uint32_t* mask;
   int64_t mask_pitch;
-  bool deferred_wait;  // Pdl::kDeferred
 };
+
+// From the cluster's tile to that of its CTA.
+template <class Tile>
+__device__ __forceinline__ void shift_tile(const GemmArgs& args, int cta, int& row, int& col) {
+  if (args.cluster_m == 2) row += cta * Tile::kM;
+  if (args.cluster_n == 2) col += cta * Tile::kN;
+}
 
 // First row and column of the tile of CTA `cta` of the cluster, in cluster tile `index`: these go
 // down group_m rows, then to the next column.
@@ -59,12 +65,14 @@ template <class Tile>
 __device__ __forceinline__ void locate(const GemmArgs& args, int index, int cta, int& row,
                                        int& col) {
   const int group_tiles = args.group_m * args.tiles_n;
-  const int first = index / group_tiles * args.group_m;
+  const int group = index / group_tiles;
+  const int first = group * args.group_m;
   const int height = min(args.tiles_m - first, args.group_m);
-  const int within = index % group_tiles;
-  const int tile_m = first + within % height, tile_n = within / height;
-  row = (tile_m * args.cluster_m + (args.cluster_m == 2 ? cta : 0)) * Tile::kM;
-  col = (tile_n * args.cluster_n + (args.cluster_n == 2 ? cta : 0)) * Tile::kN;
+  const int within = index - group * group_tiles;
+  const int tile_n = within / height;
+  row = (first + within - tile_n * height) * args.cluster_m * Tile::kM;
+  col = tile_n * args.cluster_n * Tile::kN;
+  shift_tile<Tile>(args, cta, row, col);
 }
 
 // The ring: every slot has a barrier "full" (the producer arrives once, TMA counts its bytes) and

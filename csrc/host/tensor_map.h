@@ -16,6 +16,7 @@
 namespace fastlora {
 
 enum class ElementType { kBfloat16, kFloat16, kFloat32 };
+enum class Swizzle { k32, k64, k128 };  // bytes of a box's row
 
 namespace internal {
 
@@ -41,12 +42,14 @@ inline EncodeTiled find_encode_tiled() {
 
 // Dimensions innermost first; pitches (elements) of dimensions 1 and up.
 inline CUtensorMap encode(const void* data, ElementType type, int rank, const int64_t* sizes,
-                          const int64_t* pitches, const int* box, bool swizzle) {
+                          const int64_t* pitches, const int* box, Swizzle swizzle) {
   static const EncodeTiled encode_tiled = find_encode_tiled();
   const int bytes = type == ElementType::kFloat32 ? 4 : 2;
   const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                        CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                        CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
+  const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
+                                         CU_TENSOR_MAP_SWIZZLE_128B};
   cuuint64_t dims[3], strides[2];
   cuuint32_t boxes[3], steps[3];
   for (int i = 0; i < rank; ++i) {
@@ -56,11 +59,10 @@ inline CUtensorMap encode(const void* data, ElementType type, int rank, const in
     if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(pitches[i - 1]) * bytes;
   }
   CUtensorMap map;
-  const CUresult result =
-      encode_tiled(&map, types[static_cast<int>(type)], rank, const_cast<void*>(data), dims,
-                   strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode_tiled(
+      &map, types[static_cast<int>(type)], rank, const_cast<void*>(data), dims, strides, boxes,
+      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     std::ostringstream message;
     message << "fastlora: cuTensorMapEncodeTiled failed with code " << result << " for address "
@@ -78,10 +80,11 @@ inline CUtensorMap encode(const void* data, ElementType type, int rank, const in
 }  // namespace internal
 
 // A matrix [rows, cols] with contiguous rows `pitch` elements apart, in boxes of
-// [box_rows, box_cols]: at most 256 each, and box_cols at most 128 bytes with the 128-byte swizzle.
+// [box_rows, box_cols]: at most 256 each, and box_cols at most as many bytes as the swizzle's name.
 // The address must be a multiple of 16, the pitch of 16 bytes. Loads fill what lies outside with 0.
 inline CUtensorMap tensor_map_2d(const void* data, ElementType type, int64_t rows, int64_t cols,
-                                 int64_t pitch, int box_rows, int box_cols, bool swizzle = true) {
+                                 int64_t pitch, int box_rows, int box_cols,
+                                 Swizzle swizzle = Swizzle::k128) {
   const int64_t sizes[] = {cols, rows};
   const int box[] = {box_cols, box_rows};
   return internal::encode(data, type, 2, sizes, &pitch, box, swizzle);

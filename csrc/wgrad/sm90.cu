@@ -77,11 +77,12 @@ Plan make_plan(const WgradParams& p, const WgradConfig& c) {
   const int64_t tiles = plan.blocks * plan.rank_blocks;
 
   // Nine tenths of the SMs saturate memory, so that few blocks more are not worth a second launch.
-  // Neither are runs shorter than two steps.
+  // Neither are runs shorter than two steps. Tensor cores cut what they add: no sums of more than
+  // 4096 rows, as long as there are splits.
   plan.splits = c.splits;
   if (c.splits == 0) {
-    plan.splits = static_cast<int>(
-        std::min({ceil_div(sms * 9 / 10, tiles), int64_t{plan.steps / 2}, int64_t{32}}));
+    const int64_t wanted = std::max(ceil_div(sms * 9 / 10, tiles), ceil_div(plan.steps, 64));
+    plan.splits = static_cast<int>(std::min({wanted, int64_t{plan.steps / 2}, int64_t{32}}));
   }
   plan.splits = std::max(1, std::min(plan.splits, plan.steps));
 

@@ -48,8 +48,19 @@ class LoraLinearFunction(torch.autograd.Function):
 
         h = None
         if low_rank:
-            h, _ = ops.down(rows, lora_a, scaling_tensor, scale, rng_state, keep)
-        y = ops.gemm(rows, weight.to(dtype), h, lora_b if low_rank else None, bias)
+            y, h = ops.lora_forward(
+                rows,
+                weight.to(dtype),
+                lora_a,
+                lora_b,
+                bias,
+                scaling_tensor,
+                scale,
+                rng_state,
+                keep,
+            )
+        else:
+            y = ops.gemm(rows, weight.to(dtype), None, None, bias)
 
         ctx.save_for_backward(
             x if need_a and low_rank else None,
@@ -79,38 +90,30 @@ class LoraLinearFunction(torch.autograd.Function):
         dtype, keep = ctx.dtype, ctx.keep
         dy = _rows(grad, dtype)
 
-        g = words = None
-        if ctx.low_rank and (need_x or need_a):
-            # The mask is made again, not saved: its words come with g, for dX and dA below.
-            emit = ctx.in_features if rng_state is not None else 0
-            g, words = ops.down(dy, lora_b.t(), scaling_tensor, ctx.scale, rng_state, keep, emit)
-            words = words if emit else None
-
-        dx = None
-        if need_x:
-            a_t = None if g is None else lora_a.t()
-            dx = ops.gemm(dy, weight.to(dtype).t(), g, a_t, None, words)
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-
-        d_a = d_b = d_bias = None
-        want_a, want_b = need_a and ctx.low_rank, need_b and ctx.low_rank
-        if want_a or want_b or need_bias:
-            d_a, d_b, d_bias = ops.wgrad(
-                _rows(x, dtype) if want_a else None,
-                g if want_a else None,
-                dy if want_b or need_bias else None,
-                h if want_b else None,
-                words,
-                ctx.a_like[1],
-                ctx.b_like[1],
-                ctx.bias_dtype if need_bias else None,
-            )
+        low_rank = ctx.low_rank
+        want_a, want_b = need_a and low_rank, need_b and low_rank
+        dx, d_a, d_b, d_bias = ops.lora_backward(
+            dy,
+            weight.to(dtype) if need_x else None,
+            lora_a,
+            lora_b,
+            _rows(x, dtype) if want_a else None,
+            h if want_b else None,
+            scaling_tensor,
+            ctx.scale,
+            rng_state,
+            keep,
+            ctx.in_features,
+            ctx.a_like[1],
+            ctx.b_like[1],
+            ctx.bias_dtype if need_bias else None,
+        )
         if need_a and not want_a:
             d_a = dy.new_zeros(ctx.a_like[0], dtype=ctx.a_like[1])
         if need_b and not want_b:
             d_b = dy.new_zeros(ctx.b_like[0], dtype=ctx.b_like[1])
         return (
-            dx,
+            dx.view(ctx.x_shape).to(ctx.x_dtype) if need_x else None,
             None,
             d_a if need_a else None,
             d_b if need_b else None,
@@ -124,6 +127,8 @@ class LoraLinearFunction(torch.autograd.Function):
 
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t [..., K] as [M, K]; M is spelled out, for -1 is ambiguous where K is 0."""
+    if t.ndim == 2 and t.dtype == dtype:
+        return t
     return t.to(dtype).reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 

@@ -63,7 +63,101 @@ def gemm(
 ) -> Tensor:
     """``reference.gemm`` by csrc/gemm. ``config`` is a flat ``fastlora._core.TileConfig`` (for sweeps)."""
     count("gemm", "cuda")
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-        bias = bias.clone() if bias.data_ptr() % 4 else bias
-    return torch.ops.fastlora._gemm_sm90(x, w, h, l, bias, words, config)
+    return torch.ops.fastlora._gemm_sm90(x, w, h, l, _bias_like(bias, x), words, config)
+
+
+def _bias_like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    if bias is None:
+        return None
+    bias = bias.to(x.dtype).contiguous()
+    return bias.clone() if bias.data_ptr() % 4 else bias
+
+
+# ---- csrc/lora: a linear with everything low-rank around it, in one launch a direction -----------------------
+
+
+def lora_fit(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    rng_state: Tensor | None,
+    *,
+    h: Tensor | None = None,
+    saved_x: Tensor | None = None,
+) -> Fit:
+    """How a linear suits csrc/lora/sm90.cu. In backward ``x`` is dY, and ``saved_x`` and h are there if asked for."""
+    n, k = w.shape
+    m, r = x.shape[0], a.shape[0]
+    if rng_state is not None:
+        return Fit("it makes no dropout masks yet")
+    if m == 0 or n % 8 or k % 8 or r % 8 or not n * k * r or max(m, n, k) > 2**31 - 1024:
+        return Fit(
+            f"needs rows, N, K and ranks in multiples of 8, and sizes below 2^31, got {(m, n, k, r)}"
+        )
+    slower = None
+    if m < 1024:
+        slower = "with this few rows the ops one by one are faster"
+    tensors = [t for t in (x, w, a, b, h, saved_x) if t is not None]
+    if (
+        all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
+        and a.dtype in (x.dtype, torch.float32)
+        and b.dtype in (x.dtype, torch.float32)
+    ):
+        return Fit(None, slower)  # the usual case, which is worth few microseconds
+    miss = _rows_miss("x", x, 1) or _rows_miss("w", w, 1)
+    for name, factor in (("lora_A", a), ("lora_B", b)):
+        if factor.dtype == torch.float32:
+            if not factor.is_contiguous() or factor.data_ptr() % 16:
+                miss = miss or f"{name} in float32 must be contiguous and start at a multiple of 16"
+        elif factor.dtype != x.dtype:
+            miss = miss or f"{name} is {factor.dtype} beside {x.dtype}"
+        else:
+            miss = miss or _rows_miss(name, factor, 1)
+    for name, saved in (("x", saved_x), ("h", h)):
+        if saved is not None:
+            miss = miss or _rows_miss(name, saved, 1)
+    return Fit(miss, slower)
+
+
+def _float32(scaling: Tensor | None) -> Tensor | None:
+    return None if scaling is None else scaling.float()
+
+
+def lora_forward(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    config: list[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, h) in one launch. ``config`` as in ``gemm``."""
+    count("lora_forward", "cuda")
+    run = torch.ops.fastlora._lora_forward_sm90
+    y, h = run(x, w, a, b, _bias_like(bias, x), _float32(scaling), scale, config)
+    return y, h
+
+
+def lora_backward(
+    dy: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    dtype_bias: torch.dtype | None,
+    config: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dX, dA, dB, dbias) in one launch; shape [0] without x, without h, without a dtype."""
+    count("lora_backward", "cuda")
+    wide = dtype_bias is not None and dtype_bias != dy.dtype  # rounded once, from fp32
+    run = torch.ops.fastlora._lora_backward_sm90
+    dx, d_a, d_b, d_bias = run(
+        dy, w, a, b, x, h, _float32(scaling), scale, dtype_bias is not None, wide, config
+    )
+    return dx, d_a, d_b, d_bias if dtype_bias is None else d_bias.to(dtype_bias)

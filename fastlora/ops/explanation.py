@@ -78,16 +78,64 @@ def explain(layer: Any, x: Tensor) -> str:
     lines += [
         f"{type(layer).__name__}: M={rows} K={k} N={n} r={rank} {x.dtype} on {x.device}{preference}"
     ]
+    flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
+    whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
+    if rank and lora_a is not None and lora_b is not None:
+        saved_h = x.new_empty(rows, rank)
+        state = x.new_empty(2, dtype=torch.int64) if drops else None
+        for name, fit in (
+            ("y", functools.partial(cuda_backend.lora_fit, flat, weight, lora_a, lora_b, state)),
+            (
+                "dX",
+                functools.partial(
+                    cuda_backend.lora_fit,
+                    dy,
+                    weight,
+                    lora_a,
+                    lora_b,
+                    state,
+                    h=saved_h,
+                    saved_x=flat,
+                ),
+            ),
+        ):
+            whole[name] = _why_not_whole(x, rank, fit)
+    if whole["y"] == "":
+        lines.append("  lora   h = s x A^T,  y = x W^T + h B^T  -> cuda   (one launch)")
+    if whole["dX"] == "":
+        lines.append("  lora   g, dX, dA, dB                    -> cuda   (one launch)")
+    if whole["y"] == whole["dX"] == "":
+        return "\n".join(lines)
+
+    h = x.new_empty(rows, rank) if rank else None
     if rank:
         lines.append(_line("down", "h = s drop(x) A^T,  g = s dY B", x, rank))
-    flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
-    h = x.new_empty(rows, rank) if rank else None
     words = x.new_empty(mask_shape(rows, k), dtype=torch.int32) if rank and drops else None
     a_t = None if lora_a is None else lora_a.t()
     forward = functools.partial(cuda_backend.gemm_fit, flat, weight, h, lora_b, None)
     backward = functools.partial(cuda_backend.gemm_fit, dy, weight.t(), h, a_t, words)
-    lines.append(_line("gemm", "y = x W^T + h B^T" if rank else "y = x W^T", x, rank, forward))
-    lines.append(_line("gemm", "dX = dY W + g A" if rank else "dX = dY W", x, rank, backward))
-    if rank:
-        lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
+    if whole["y"] != "":
+        formula = "y = x W^T + h B^T" if rank else "y = x W^T"
+        lines.append(_line("gemm", formula, x, rank, forward))
+    if whole["dX"] != "":
+        formula = "dX = dY W + g A" if rank else "dX = dY W"
+        lines.append(_line("gemm", formula, x, rank, backward))
+        if rank:
+            lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
+    reason = whole["y"] or whole["dX"]
+    if reason:
+        lines.append(f"  not in one launch: {reason}")
     return "\n".join(lines)
+
+
+def _why_not_whole(like: Tensor, rank: int, fit: Callable[[], support.Fit]) -> str:
+    if support.takes_whole("lora", like.device, like.dtype, rank, fit):
+        return ""
+    wish = support.preference().name
+    if wish not in (None, "cuda"):
+        return f"{wish} is preferred"
+    reason = support.miss("lora", "cuda", like.device, like.dtype, rank)
+    if reason is not None:
+        return reason
+    suits = fit()
+    return suits.miss or suits.slower or ""

@@ -25,7 +25,7 @@ MAX_RANK = 512
 
 @dataclass(frozen=True)
 class Row:
-    """One op on one backend and the problems it takes."""
+    """One op on one backend and the problems it takes. ``lora`` is all ops of a linear in one launch."""
 
     op: str
     backend: str
@@ -43,6 +43,14 @@ ROWS = (
     Row("mask", "cuda", _KERNEL_DTYPES, min_capability=(7, 5)),
     Row(
         "gemm", "cuda", _HALF_DTYPES, min_capability=(9, 0), kernel="_gemm_sm90", max_rank=MAX_RANK
+    ),
+    Row(
+        "lora",
+        "cuda",
+        _HALF_DTYPES,
+        min_capability=(9, 0),
+        kernel="_lora_forward_sm90",
+        max_rank=MAX_RANK,
     ),
     *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
@@ -216,3 +224,26 @@ def choose(
             continue
         return spare if name == "torch" and spare else name
     raise RuntimeError(f"{op}: no backend takes {dtype} on {device}; cast the input to float32")
+
+
+def takes_whole(
+    op: str, device: torch.device, dtype: torch.dtype, rank: int, fit: Callable[[], Fit]
+) -> bool:
+    """Whether the ``cuda`` backend runs all of ``op`` in one launch now, rather than being composed of other ops.
+
+    Raises:
+        RuntimeError: ``cuda`` is preferred strictly and cannot (the message says why).
+    """
+    wanted = _preference
+    if wanted.name not in (None, "cuda"):
+        return False
+    reason = miss(op, "cuda", device, dtype, rank)
+    suits = fit() if reason is None else Fit(reason)
+    if suits.miss is None:
+        return wanted.name == "cuda" or suits.slower is None
+    if wanted.strict:
+        raise RuntimeError(
+            f"backend('cuda', strict=True): {op} on {device} in {dtype} at rank {rank} is not supported: "
+            f"{suits.miss}. Drop strict=True to let the next backend run it"
+        )
+    return False

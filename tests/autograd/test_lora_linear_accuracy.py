@@ -135,6 +135,33 @@ def test_matrix(device, case):
             assert ("down", "triton") in launched
 
 
+def fused_cases() -> list[dict]:
+    """What csrc/lora takes: with these the cuda backend must run it, and nothing else."""
+    axes = {
+        **AXES,
+        "rank": (8, 16, 24, 64, 128, 512),
+        "layout": ("contiguous", "every_other_row"),
+        "dropout": (0.0,),
+        "grad": ("ones", "random"),
+        "need": ("all", "x", "x+a"),
+    }
+    return covering_cases({"dtype": (torch.bfloat16, torch.float16), **axes})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", fused_cases(), ids=name_of)
+def test_matrix_of_the_fused_kernel(device, case):
+    reason = support.miss("lora", "cuda", device, case["dtype"], case["rank"])
+    if reason is not None:
+        pytest.skip(reason)
+    rides_on_d_b = case["bias"] != "trained" or case["need"] == "all"
+    strict = case["rows"] > 0 and rides_on_d_b
+    with fastlora.backend("cuda", strict=strict):
+        check(case, device)
+    if strict:
+        assert fastlora.launches() == {("lora_forward", "cuda"): 1, ("lora_backward", "cuda"): 1}
+
+
 @pytest.mark.skipif(not support.interpreting(), reason="bf16 is checked on the GPU")
 def test_the_interpreter_refuses_bf16_rather_than_computing_it_wrongly():
     x = torch.randn(4, 8, dtype=torch.bfloat16)

@@ -1,0 +1,199 @@
+// fastlora::_lora_forward_sm90 and _lora_backward_sm90: checks, allocation, plan, launch.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings/gemm_plan.h"
+#include "common/index.cuh"
+#include "host/check.h"
+#include "host/counters.h"
+#include "host/stream.h"
+#include "lora/lora.h"
+
+namespace fastlora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalConfig = std::optional<std::vector<int64_t>>;
+
+Tensor new_empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like) {
+  return torch::stable::empty({size.begin(), size.size()}, type, std::nullopt, like.device());
+}
+
+// Pitch of a [rows, cols] matrix with contiguous rows, of `like`'s dtype and device.
+int64_t pitch_of(const char* name, const Tensor& t, int64_t rows, int64_t cols,
+                 const Tensor& like) {
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols &&
+            t.scalar_type() == like.scalar_type() &&
+            t.get_device_index() == like.get_device_index(),
+        "_lora_sm90: ", name, " must be [", rows, ", ", cols, "] of x's dtype and device");
+  check(t.stride(1) == 1 || cols == 1, "_lora_sm90: ", name, " must have contiguous rows");
+  return rows == 1 ? ceil_div(cols, 8) * 8 : t.stride(0);
+}
+
+GradType grad_type(ScalarType type) {
+  return type == ScalarType::Float  ? GradType::kFloat32
+         : type == ScalarType::Half ? GradType::kFloat16
+                                    : GradType::kBfloat16;
+}
+
+// A factor of the update [rows, cols] as the kernel reads it: as it is, or where a cast leaves it.
+Tensor factor_of(const char* name, const Tensor& t, int64_t rows, int64_t cols, const Tensor& x,
+                 LoraParams::Cast& cast) {
+  if (t.scalar_type() != ScalarType::Float) return t;
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.is_contiguous() &&
+            t.get_device_index() == x.get_device_index(),
+        "_lora_sm90: a float32 ", name, " must be a contiguous [", rows, ", ", cols,
+        "] on x's device");
+  const Tensor rounded = new_empty({rows, cols}, x.scalar_type(), x);
+  cast.from = t.const_data_ptr<float>();
+  cast.to = rounded.mutable_data_ptr();
+  cast.elements = rows * cols;
+  return rounded;
+}
+
+bool takes(const TileConfig& tile) {
+  return tile.split_k == 1 && tile.cluster_m * tile.cluster_n == 2 &&
+         tile.block_m * tile.cluster_m == 256 && tile.block_m * tile.block_n == 128 * 256;
+}
+
+// What both directions have in common. x is dY in backward, `out_features` K.
+struct Call {
+  LoraParams params{};
+  Tensor y, h, first, second;  // alive until the launch
+
+  Call(const Tensor& x, const Tensor& w, const Tensor& a, const Tensor& b, bool backward,
+       const OptionalTensor& scaling, double scale) {
+    check(x.dim() == 2 && w.dim() == 2 && a.dim() == 2,
+          "_lora_sm90: x, w and the factors must be matrices");
+    check(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
+          "_lora_sm90: x must be bfloat16 or float16");
+    GemmParams& gemm = params.gemm;
+    gemm.m = x.size(0);
+    gemm.n = w.size(backward ? 1 : 0);
+    gemm.k = w.size(backward ? 0 : 1);
+    gemm.rank = a.size(0);
+    gemm.half = x.scalar_type() == ScalarType::Half;
+    gemm.w_mn_major = backward;
+    check(gemm.m > 0 && gemm.n > 0 && gemm.k > 0, "_lora_sm90: nothing may be empty");
+    gemm.x_pitch = pitch_of(backward ? "dy" : "x", x, gemm.m, gemm.k, x);
+    gemm.x = x.const_data_ptr();
+    gemm.w_pitch = pitch_of("w", w, w.size(0), w.size(1), x);
+    gemm.w = w.const_data_ptr();
+    const int64_t in = w.size(1), out = w.size(0);
+    const Tensor a_read = factor_of("lora_A", a, gemm.rank, in, x, params.casts[0]);
+    const Tensor b_read = factor_of("lora_B", b, out, gemm.rank, x, params.casts[1]);
+    const int64_t a_pitch = pitch_of("lora_A", a_read, gemm.rank, in, x);
+    const int64_t b_pitch = pitch_of("lora_B", b_read, out, gemm.rank, x);
+    first = backward ? b_read : a_read;
+    second = backward ? a_read : b_read;
+    params.factor = first.const_data_ptr();
+    params.factor_pitch = backward ? b_pitch : a_pitch;
+    gemm.l = second.const_data_ptr();
+    gemm.l_pitch = backward ? a_pitch : b_pitch;
+    y = new_empty({gemm.m, gemm.n}, x.scalar_type(), x);
+    h = new_empty({gemm.m, gemm.rank}, x.scalar_type(), x);
+    gemm.y = y.mutable_data_ptr();
+    gemm.y_pitch = gemm.n;
+    gemm.h = h.mutable_data_ptr();
+    gemm.h_pitch = gemm.rank;
+    params.scale = static_cast<float>(scale);
+    if (scaling.has_value()) {
+      check(scaling->scalar_type() == ScalarType::Float && scaling->numel() == 1 &&
+                scaling->get_device_index() == x.get_device_index(),
+            "_lora_sm90: scaling must be one float32 on x's device");
+      params.scaling = scaling->const_data_ptr<float>();
+    }
+  }
+
+  void launch(const Tensor& x, const OptionalConfig& config) {
+    const int32_t device = x.get_device_index();
+    CUstream_st* const stream = current_stream(device);
+    const GemmParams& gemm = params.gemm;
+    const int num_sms = multiprocessors(device);
+    GemmConfig chosen;
+    if (config.has_value()) {
+      const TileConfig tile = TileConfig::from_list(*config);
+      chosen = {tile.block_m, tile.block_n, tile.cluster_m, tile.cluster_n, tile.group_m};
+    } else {
+      chosen = planned(
+          1, {gemm.m, gemm.n, gemm.k, gemm.rank, gemm.half ? "float16" : "bfloat16", num_sms},
+          takes, GemmConfig{128, 256, 2, 1, 16});
+    }
+    chosen.num_sms = num_sms;
+    const LoraSizes sizes = lora_sm90_sizes(params, chosen);
+    const Tensor workspace = new_empty({sizes.workspace_bytes}, ScalarType::Byte, x);
+    const Tensor counters = zero_counters(sizes.counters, x.device(), stream);
+    params.workspace = workspace.mutable_data_ptr();
+    params.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
+    lora_sm90(params, chosen, stream);
+  }
+};
+
+// y [m, n] and h [m, rank].
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& a,
+                                   const Tensor& b, OptionalTensor bias, OptionalTensor scaling,
+                                   double scale, OptionalConfig config) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Call call(x, w, a, b, false, scaling, scale);
+  if (bias.has_value()) {
+    check(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 &&
+              bias->size(0) == call.params.gemm.n && bias->is_contiguous() &&
+              bias->get_device_index() == x.get_device_index(),
+          "_lora_sm90: bias must be a contiguous [n] of x's dtype and device");
+    call.params.gemm.bias = bias->const_data_ptr();
+  }
+  call.launch(x, config);
+  return {call.y, call.h};
+}
+
+// dX [m, K], dA [rank, K], dB [N, rank], dbias [N]; shape [0] for what was not asked.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& w,
+                                                    const Tensor& a, const Tensor& b,
+                                                    OptionalTensor x, OptionalTensor h,
+                                                    OptionalTensor scaling, double scale, bool bias,
+                                                    bool float_bias, OptionalConfig config) {
+  const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
+  Call call(dy, w, a, b, true, scaling, scale);
+  LoraParams& params = call.params;
+  const int64_t m = params.gemm.m, rank = params.gemm.rank, in = params.gemm.n, out = params.gemm.k;
+  const Tensor none = new_empty({0}, dy.scalar_type(), dy);
+  Tensor d_a = none, d_b = none, d_bias = none;
+  if (x.has_value()) {
+    params.x_pitch = pitch_of("x", *x, m, in, dy);
+    params.x = x->const_data_ptr();
+    d_a = new_empty({rank, in}, a.scalar_type(), dy);
+    params.d_a = d_a.mutable_data_ptr();
+    params.type_a = grad_type(a.scalar_type());
+  }
+  if (h.has_value()) {
+    params.h_pitch = pitch_of("h", *h, m, rank, dy);
+    params.h = h->const_data_ptr();
+    d_b = new_empty({out, rank}, b.scalar_type(), dy);
+    params.d_b = d_b.mutable_data_ptr();
+    params.type_b = grad_type(b.scalar_type());
+  }
+  if (bias) {
+    d_bias = new_empty({out}, float_bias ? ScalarType::Float : dy.scalar_type(), dy);
+    params.d_bias = d_bias.mutable_data_ptr();
+    params.type_bias = grad_type(d_bias.scalar_type());
+  }
+  call.launch(dy, config);
+  return {call.y, d_a, d_b, d_bias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
+  m.impl("_lora_forward_sm90", TORCH_BOX(&forward));
+  m.impl("_lora_backward_sm90", TORCH_BOX(&backward));
+}
+
+}  // namespace
+}  // namespace fastlora

@@ -1,0 +1,228 @@
+// Launches the kernel of sm90_kernel.cuh: how its work is cut, and which instance to run.
+#include "gemm/sm90_launch.cuh"
+#include "lora/lora.h"
+#include "lora/sm90_kernel.cuh"
+
+// Both have slots of 48 KiB; the pair of CTAs has 256 rows.
+#define FASTLORA_LORA_TILES(each) each(128, 256) each(256, 128)
+
+namespace fastlora {
+namespace {
+
+using sm90::LoraArgs;
+using sm90::LoraMaps;
+using sm90::LoraWgrad;
+
+constexpr int64_t kLeastSlots = 4;  // of 128, in a run: shorter ones are all ramp
+constexpr int64_t kMostSlots = 32;  // of `wgrad`, whose results may stay fp32; h is rounded anyway
+
+// Of an H200; only how work is shared depends on them.
+constexpr double kTileUsPerK = 44.0 / 4096;  // a tile of 128 x 256
+constexpr double kStreamUs = 2 / 0.1e6;      // a cluster streams an element
+constexpr int kFewestHelpers = 4, kMostHelpers = 8;
+
+struct Cut {
+  int64_t runs, length;
+};
+
+// Runs of a sum over `slots`, of which there are `groups`, so that `clusters` of them have as many
+// items as one another. Every item has microseconds of its own, so there are no more than that.
+// But a sum of tensor cores, which cut what they add, is not longer than `most_slots`.
+Cut cut(int64_t slots, int64_t groups, int clusters, int64_t most_slots) {
+  const int64_t most = std::max<int64_t>(1, slots / kLeastSlots);
+  const int64_t runs =
+      std::max(std::clamp<int64_t>(clusters / groups, 1, most), ceil_div(slots, most_slots));
+  const int64_t length = ceil_div(slots, runs);
+  return {ceil_div(slots, length), length};
+}
+
+int ranks_at_a_time(int64_t rank) { return rank <= 16 ? 16 : 64; }
+
+struct Plan {
+  LoraArgs args{};
+  LoraSizes sizes{};
+};
+
+// Everything of LoraArgs but the counters and the GEMM's part; partial sums by their offset.
+Plan plan_items(const LoraParams& p, const GemmConfig& config) {
+  const GemmParams& gemm = p.gemm;
+  const int clusters = config.num_sms / 2;
+  Plan plan;
+  LoraArgs& args = plan.args;
+  args.gemm = sm90::make_args(gemm, config);
+  const int ranks = ranks_at_a_time(gemm.rank);
+  args.rank_blocks = static_cast<int>(ceil_div(gemm.rank, ranks));
+  args.flags = static_cast<int>(ceil_div(gemm.m, 128));
+  for (int i = 0; i < 2; ++i) {
+    args.casts[i] = {p.casts[i].from, p.casts[i].to, p.casts[i].elements};
+    args.cast_items += static_cast<int>(ceil_div(p.casts[i].elements, sm90::kCastElements));
+  }
+
+  // Time of clusters, in us: what the last round of tiles leaves, and what streams take of it.
+  const int tiles = args.gemm.tiles_m * args.gemm.tiles_n;
+  const int idle = (clusters - tiles % clusters) % clusters;
+  args.helpers = std::min(std::clamp(idle, kFewestHelpers, kMostHelpers), clusters);
+  double left = idle * static_cast<double>(gemm.k + 64) * kTileUsPerK;
+  const auto is_early = [&](int64_t columns) {
+    left -= static_cast<double>(gemm.m) * static_cast<double>(columns) * kStreamUs;
+    return left > 0;
+  };
+
+  int64_t counters = args.flags, float4s = 0;
+  const auto take = [&](auto& sum, int64_t slots, int64_t groups, bool early, int values,
+                        int64_t most_slots) {
+    const Cut runs = cut(slots, groups, early ? args.helpers : clusters, most_slots);
+    const int64_t items = groups * runs.runs;
+    check(items < (int64_t{1} << 24), "lora_sm90: too much work for one launch");
+    sum.slots = static_cast<int>(slots);
+    sum.runs = static_cast<int>(runs.runs);
+    sum.run_slots = static_cast<int>(runs.length);
+    sum.first_counter = static_cast<int>(counters);
+    sum.partial = reinterpret_cast<float4*>(float4s * sizeof(float4));
+    const int64_t sums = groups * 2 * sm90::kConsumerWarps;
+    counters += sums;
+    if (runs.runs > 1) float4s += sums * runs.runs * (values / 4) * 32;
+    args.limits[early ? 0 : 2] += static_cast<int>(items);
+    return static_cast<int>(items);
+  };
+
+  args.limits[0] = args.cast_items;
+  args.limits[1] = tiles;
+  args.down.out = const_cast<void*>(gemm.h);
+  args.down.scale = p.scale;
+  args.down.scaling = p.scaling;
+  is_early(gemm.k);  // whatever it says
+  args.down_items = take(args.down, ceil_div(gemm.k, sm90::kSlotDepth),
+                         args.gemm.tiles_m * args.rank_blocks, true, ranks / 2, int64_t{1} << 24);
+
+  bool early = true;  // as long as there is time
+  const auto wgrad = [&](int i, int64_t columns, void* out, GradType type, int64_t stride_column,
+                         int64_t stride_rank) {
+    if (out == nullptr) return;
+    LoraWgrad& job = args.wgrad[i];
+    job.out = out;
+    job.type = static_cast<int>(type);
+    job.stride_column = stride_column;
+    job.stride_rank = stride_rank;
+    job.columns = static_cast<int>(columns);
+    early = early && is_early(columns);
+    args.wgrad_items[i] = take(job, ceil_div(gemm.m, sm90::kSlotDepth),
+                               ceil_div(columns, sm90::kUnitRows) * args.rank_blocks, early,
+                               ranks / 2 + 4, kMostSlots);
+  };
+  wgrad(0, gemm.k, p.d_b, p.type_b, gemm.rank, 1);
+  wgrad(1, gemm.n, p.d_a, p.type_a, 1, gemm.n);
+  args.wgrad[0].bias = p.d_bias;
+  args.wgrad[0].bias_type = static_cast<int>(p.type_bias);
+  args.helpers = std::min(args.helpers, args.limits[0]);
+
+  plan.sizes.counters = static_cast<int64_t>(sizeof(sm90::LoraCounters) / 4) + counters;
+  plan.sizes.workspace_bytes = float4s * static_cast<int64_t>(sizeof(float4));
+  return plan;
+}
+
+LoraMaps encode_lora_maps(const LoraParams& p, const GemmConfig& config) {
+  const GemmParams& gemm = p.gemm;
+  const ElementType type = gemm.half ? ElementType::kFloat16 : ElementType::kBfloat16;
+  const int ranks = ranks_at_a_time(gemm.rank);
+  const Swizzle swizzle = ranks == 16 ? Swizzle::k32 : Swizzle::k128;
+  const auto narrow = [&](const void* data, int64_t rows, int64_t pitch) {
+    return tensor_map_2d(data, type, rows, gemm.rank, pitch, 64, ranks, swizzle);
+  };
+  LoraMaps maps;
+  maps.gemm = sm90::encode_maps(gemm, config);
+  maps.factor = gemm.w_mn_major
+                    ? narrow(p.factor, gemm.k, p.factor_pitch)
+                    : tensor_map_2d(p.factor, type, gemm.rank, gemm.k, p.factor_pitch, ranks, 64);
+  maps.wide[0] = maps.wide[1] = maps.narrow[0] = maps.narrow[1] = maps.factor;  // not read
+  if (p.d_b != nullptr) {
+    maps.wide[0] = tensor_map_2d(gemm.x, type, gemm.m, gemm.k, gemm.x_pitch, 64, 64);
+    maps.narrow[0] = narrow(p.h, gemm.m, p.h_pitch);
+  }
+  if (p.d_a != nullptr) {
+    maps.wide[1] = tensor_map_2d(p.x, type, gemm.m, gemm.n, p.x_pitch, 64, 64);
+    maps.narrow[1] = narrow(gemm.h, gemm.m, gemm.h_pitch);
+  }
+  return maps;
+}
+
+void check_lora(const LoraParams& p, const GemmConfig& config) {
+  const GemmParams& gemm = p.gemm;
+  check(gemm.rank >= 8 && gemm.rank <= 512 && gemm.rank % 8 == 0 && gemm.k % 8 == 0,
+        "lora_sm90: rank (up to 512) and k must be multiples of 8, got ", gemm.rank, " and ",
+        gemm.k);
+  check(config.cluster_m * config.cluster_n == 2 && config.block_m * config.cluster_m == 256,
+        "lora_sm90: needs clusters of 2 with 256 rows together");
+  check(p.d_bias == nullptr || p.d_b != nullptr, "lora_sm90: d_bias comes with d_b");
+  check(gemm.mask == nullptr, "lora_sm90: takes no mask");
+  check(gemm.h_pitch == gemm.rank, "lora_sm90: h must have no gaps");
+  check(p.counters != nullptr, "lora_sm90: needs counters");
+  const auto aligned = [](const char* name, const void* data, int64_t pitch) {
+    check(reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch % 8 == 0, "lora_sm90: ", name,
+          " must start at, and have rows apart by, multiples of 16 bytes");
+  };
+  aligned("the factor", p.factor, p.factor_pitch);
+  if (p.d_a != nullptr) aligned("x", p.x, p.x_pitch);
+  if (p.d_b != nullptr) aligned("h", p.h, p.h_pitch);
+  for (const auto& cast : p.casts) {
+    check(cast.elements % 8 == 0 && reinterpret_cast<uintptr_t>(cast.from) % 16 == 0,
+          "lora_sm90: casts must start at multiples of 16 bytes, and have 8 n elements");
+  }
+}
+
+template <class T, class Tile, int kN>
+void launch(const LoraMaps& maps, const LoraArgs& args, bool backward, const GemmConfig& config,
+            CUstream_st* stream) {
+  static std::array<std::atomic<int>, 128> known[2]{};
+  auto* const kernel =
+      backward ? sm90::lora_kernel<T, Tile, kN, true> : sm90::lora_kernel<T, Tile, kN, false>;
+  sm90::launch_persistent(kernel, sm90::kLoraSharedBytes<Tile>, known[backward],
+                          args.limits[0] + args.limits[1] + args.limits[2], config, stream, maps,
+                          args);
+}
+
+}  // namespace
+
+bool is_capturing(CUstream_st* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void zero_async(void* data, int64_t bytes, CUstream_st* stream) {
+  check_cuda(cudaMemsetAsync(data, 0, bytes, stream), "cudaMemsetAsync");
+}
+
+LoraSizes lora_sm90_sizes(const LoraParams& params, const GemmConfig& config) {
+  return plan_items(params, config).sizes;
+}
+
+void lora_sm90(const LoraParams& params, const GemmConfig& config, CUstream_st* stream) {
+  sm90::check_gemm(params.gemm, config);
+  check_lora(params, config);
+  LoraArgs args = plan_items(params, config).args;
+  args.counters = reinterpret_cast<sm90::LoraCounters*>(params.counters);
+  const auto place = [&](float4*& partial) {
+    partial = reinterpret_cast<float4*>(static_cast<char*>(params.workspace) +
+                                        reinterpret_cast<intptr_t>(partial));
+  };
+  place(args.down.partial);
+  for (LoraWgrad& job : args.wgrad) place(job.partial);
+  const LoraMaps maps = encode_lora_maps(params, config);
+  const auto run = [&](auto instance) {
+    instance(maps, args, params.gemm.w_mn_major, config, stream);
+  };
+#define FASTLORA_TRY_TILE(rows, cols)                                                       \
+  if (config.block_m == rows && config.block_n == cols) {                                   \
+    using Tile = sm90::Tile<rows, cols>;                                                    \
+    const bool narrow = ranks_at_a_time(params.gemm.rank) == 16;                            \
+    if (params.gemm.half)                                                                   \
+      return run(narrow ? launch<__half, Tile, 16> : launch<__half, Tile, 64>);             \
+    return run(narrow ? launch<__nv_bfloat16, Tile, 16> : launch<__nv_bfloat16, Tile, 64>); \
+  }
+  FASTLORA_LORA_TILES(FASTLORA_TRY_TILE)
+#undef FASTLORA_TRY_TILE
+  check(false, "lora_sm90: no kernel has the tile ", config.block_m, "x", config.block_n);
+}
+
+}  // namespace fastlora

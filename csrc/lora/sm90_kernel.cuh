@@ -1,0 +1,164 @@
+// A linear with everything low-rank around it on Hopper (lora.h): a persistent GEMM like that of
+// gemm/sm90_kernel.cuh whose CTAs also make h (g) and the factors' gradients.
+//
+// What is skinny waits for memory, and one SM alone streams three times what it gets when all do:
+// so a few clusters of CTAs make h while the others already multiply, and those few do a tile less.
+// The order of the items is in sm90_shape.cuh, how clusters claim them in sm90_queue.cuh. Rows of h
+// are announced by flags; a tile's producer waits for them before the last steps of its K loop,
+// after everything else of it was loaded.
+//
+// Threads and the ring as in the GEMM; skinny items go through the same ring (sm90_skinny.cuh).
+// Takes: m >= 1; n, k and rank multiples of 8, rank up to 512; kN, 16 or 64, ranks at a time.
+// Shared memory: the GEMM's, the queue's 128 bytes, 512 bytes of ones.
+#pragma once
+
+#include "gemm/sm90_kernel.cuh"
+#include "lora/sm90_queue.cuh"
+#include "lora/sm90_skinny.cuh"
+
+namespace fastlora::sm90 {
+
+constexpr int kOnesBytes = 512;
+constexpr int kLoraProducerRegisters = 56;  // 56 + 2 * 224 = 3 * 168
+constexpr int kLoraConsumerRegisters = 224;
+template <class Tile>
+constexpr int kLoraSharedBytes = Tile::kSharedBytes + kQueueBytes + kOnesBytes;
+
+// Loads items until there are no more. `give` claims the next item and hands it on, while the ring
+// is full: so nobody waits for it.
+template <class Tile, int kN, bool kBackward, class Give>
+__device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const LoraArgs& args,
+                                                Ring<Tile>& ring, RowsWait& wait_rows,
+                                                ItemQueue& readers, int cta, Give give) {
+  while (true) {
+    const Item item = readers.template next<false>();
+    if (item.job == Job::kEnd) return;
+    if (item.job == Job::kTile) {
+      int row = item.at, col = item.next;
+      shift_tile<Tile>(args.gemm, cta, row, col);
+      produce_tile<Tile, kBackward, false>(maps.gemm, args.gemm, ring, cta, row, col, give,
+                                           [&] { wait_rows(row, row + Tile::kM); });
+      continue;
+    }
+    if (item.job == Job::kCast) {
+      give();
+      continue;
+    }
+    const bool down = !kBackward || item.job == Job::kDown;
+    int first;
+    const int slots = down ? slots_of(args.down, item.next, first)
+                           : slots_of(args.wgrad[item.product], item.next, first);
+    if (down) wait_casts(args);
+    if (!down && item.product == 1) wait_rows(first * kSlotDepth, (first + slots) * kSlotDepth);
+    const int at = item.at + cta * 128, rank0 = item.rank_block * kN;
+    for (int i = 0; i < slots; ++i) {
+      mbarrier_wait(ring.empty(), ring.phase ^ 1);
+      if (down) {
+        load_skinny<Tile, kN, false, kBackward>(maps, ring, 0, (first + i) * kSlotDepth, at, rank0);
+      } else {
+        load_skinny<Tile, kN, true, kBackward>(maps, ring, item.product, (first + i) * kSlotDepth,
+                                               at, rank0);
+      }
+      ring.advance();
+      if (i == slots / 2) give();
+    }
+  }
+}
+
+template <class Tile, int kN, bool kBackward>
+__device__ __forceinline__ void produce_items(const LoraMaps& maps, const LoraArgs& args,
+                                              uint32_t base, uint32_t queue_base, int cta) {
+  pdl_wait();
+  const GemmArgs& gemm = args.gemm;
+  const int cluster = gemm.cluster_m * gemm.cluster_n;
+  Ring<Tile> ring{base};
+  RowsWait wait_rows{args};
+  ItemQueue readers{queue_base};
+  if (cta == 0) {
+    ItemQueue giver{queue_base};
+    Claims claims{args};
+    giver.give(decode<Tile>(args, claims.first()), cluster);
+    produce_claimed<Tile, kN, kBackward>(maps, args, ring, wait_rows, readers, cta, [&] {
+      giver.give(decode<Tile>(args, claims.next()), cluster);
+    });
+  } else {
+    produce_claimed<Tile, kN, kBackward>(maps, args, ring, wait_rows, readers, cta, [] {});
+  }
+}
+
+template <class T, class Tile, int kN, bool kBackward>
+__device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraArgs& args,
+                                              uint32_t base, uint32_t queue_base, uint32_t ones,
+                                              int cta, int consumer_warp, int lane) {
+  Consumer<T, Tile, kBackward, false> consumer(maps.gemm, args.gemm, base, consumer_warp, lane);
+  ItemQueue queue{queue_base};
+  pdl_wait();
+  while (true) {
+    const Item item = queue.template next<true>();
+    if (item.job == Job::kEnd) break;
+    if (item.job == Job::kTile) {
+      int row = item.at, col = item.next;
+      shift_tile<Tile>(args.gemm, cta, row, col);
+      row += consumer.part_row();
+      col += consumer.part_col();
+      uint32_t bias[Tile::kGroupN / 8];
+      load_bias(bias, args.gemm, col + lane % 4 * 2);
+      consumer.base_steps(false);
+      consumer.rank_steps(true);
+      consumer.finish();
+      consumer.store(bias, row, col);
+    } else if (item.job == Job::kDown) {
+      down_item<T, kN, kBackward>(args, item, cta, consumer);
+    } else if (item.job == Job::kCast) {
+      cast_item<T>(args, item.at, cta, consumer_warp, lane);
+    } else if constexpr (kBackward) {
+      if (args.wgrad[item.product].bias != nullptr && item.rank_block == 0) {
+        wgrad_item<T, kN, true>(args, item, cta, ones, consumer);
+      } else {
+        wgrad_item<T, kN, false>(args, item, cta, ones, consumer);
+      }
+    }
+  }
+  if (lane == 0) tma_wait<0>();
+}
+
+template <class T, class Tile, int kN, bool kBackward>
+__global__ void __launch_bounds__(kThreads, 1)
+    lora_kernel(const __grid_constant__ LoraMaps maps, const __grid_constant__ LoraArgs args) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = shared_address(shared);
+  const uint32_t queue = base + Tile::kSharedBytes, ones = queue + kQueueBytes;
+  const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+  const int cluster = args.gemm.cluster_m * args.gemm.cluster_n;
+  const int cta = cluster_rank();
+  if (kBackward && threadIdx.x < kOnesBytes / 4) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(ones + threadIdx.x * 4), "r"(pack<T>(1.f, 1.f))
+                 : "memory");
+    fence_proxy_async();
+  }
+  start_ring<Tile>(base, cluster, maps.gemm, [&] { ItemQueue{queue}.init(cluster); });
+
+  if (warp < 4) {
+    registers_decrease<kLoraProducerRegisters>();
+    if (warp == 0 && lane == 0) {
+      produce_items<Tile, kN, kBackward>(maps, args, base, queue, cta);
+    }
+  } else {
+    registers_increase<kLoraConsumerRegisters>();
+    consume_items<T, Tile, kN, kBackward>(maps, args, base, queue, ones, cta, warp - 4, lane);
+  }
+  end_together(cluster);
+
+  // The last CTA leaves the counters as it found them; those of sums were reset with the sums.
+  if (threadIdx.x != 0) return;
+  LoraCounters& counters = *args.counters;
+  __threadfence();
+  if (atomicAdd(&counters.done, 1) != gridDim.x - 1) return;
+  __threadfence();
+  for (int i = 0; i < args.flags; ++i) counters.flags[i] = 0;
+  counters.arrived = counters.done = counters.cast = counters.rows = 0;
+  for (uint32_t& next : counters.next) next = 0;
+}
+
+}  // namespace fastlora::sm90

@@ -1,0 +1,110 @@
+// How a cluster gets its items: one thread of its first CTA claims them from counters in global
+// memory (Claims), and hands each to the producer and the consumer warps of both CTAs through
+// shared memory, one item ahead (ItemQueue).
+#pragma once
+
+#include "common/sm90/cluster.cuh"
+#include "common/sm90/mbarrier.cuh"
+#include "lora/sm90_shape.cuh"
+
+namespace fastlora::sm90 {
+
+constexpr int kQueueBytes = 128;
+
+__device__ __forceinline__ uint32_t address_in(uint32_t shared, uint32_t cta) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(cta));
+  return address;
+}
+
+struct ItemQueue {
+  uint32_t base;      // shared address: 2 items 16 bytes apart, their barriers
+  uint32_t turn = 0;  // items read, or given, so far
+
+  __device__ __forceinline__ uint32_t item() const { return base + turn % 2 * 16; }
+  __device__ __forceinline__ uint32_t full() const { return base + 32 + turn % 2 * 8; }
+  __device__ __forceinline__ uint32_t empty() const { return base + 48 + turn % 2 * 8; }
+  __device__ __forceinline__ uint32_t phase() const { return turn / 2 % 2; }
+
+  __device__ __forceinline__ void init(int cluster) const {
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(base + 32 + i * 8, 1);
+      mbarrier_init(base + 48 + i * 8, (kConsumerWarps + 1) * cluster);
+    }
+  }
+
+  // By the thread that claims. The item travels like a load by TMA, and counts its bytes: an
+  // arrival that releases to the cluster would wait for everything the thread has written.
+  __device__ __forceinline__ void give(const Item& value, int cluster) {
+    mbarrier_wait(empty(), phase() ^ 1);
+    for (int cta = 0; cta < cluster; ++cta) {
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, "
+          "%4}, "
+          "[%5];" ::"r"(address_in(item(), cta)),
+          "r"(static_cast<int>(value.job)), "r"(value.at), "r"(value.next),
+          "r"(value.rank_block * 2 + value.product), "r"(address_in(full(), cta))
+          : "memory");
+    }
+    ++turn;
+  }
+
+  // By every reader: the producer's thread, or all lanes of a consumer warp.
+  template <bool kWarp>
+  __device__ __forceinline__ Item next() {
+    if constexpr (!kWarp) mbarrier_arrive_expect(full(), 16);
+    mbarrier_wait(full(), phase());
+    int job, at, next, last;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(job), "=r"(at), "=r"(next), "=r"(last)
+                 : "r"(item())
+                 : "memory");
+    if constexpr (kWarp) __syncwarp();
+    if (!kWarp || threadIdx.x % 32 == 0) mbarrier_arrive_remote(empty(), 0);
+    ++turn;
+    return {static_cast<Job>(job), at, next, last / 2, last % 2};
+  }
+};
+
+// Claims of one cluster, each a microsecond long.
+struct Claims {
+  enum Kind { kEarly, kTiles, kLate };
+  const LoraArgs& args;
+  bool helper = false;
+  bool left[3] = {true, true, true};
+
+  // The number of the next item of a kind, or -1.
+  __device__ __forceinline__ int claim(Kind kind) {
+    if (!left[kind]) return -1;
+    // Clusters have brought one each when they arrived.
+    const int brought = kind == kEarly   ? args.helpers
+                        : kind == kTiles ? static_cast<int>(gridDim.x / 2) - args.helpers
+                                         : 0;
+    return number(kind, brought + static_cast<int>(atomicAdd(&args.counters->next[kind], 1)));
+  }
+
+  __device__ __forceinline__ int number(Kind kind, int index) {
+    left[kind] = index < args.limits[kind];
+    if (!left[kind]) return -1;
+    if (kind == kEarly) return index;
+    return index + args.limits[kEarly] + (kind == kTiles ? args.limits[kLate] : 0);
+  }
+
+  // The clusters that arrive first are helpers, and each arrival brings an item.
+  __device__ __forceinline__ int first() {
+    const int arrival = static_cast<int>(atomicAdd(&args.counters->arrived, 1));
+    helper = arrival < args.helpers;
+    const int item = helper ? number(kEarly, arrival) : number(kTiles, arrival - args.helpers);
+    return item >= 0 ? item : next();
+  }
+
+  // The number of the next item, or -1 when there are no more. Nobody claims an early item after a
+  // tile: the tile in hand may be waiting for that very item.
+  __device__ __forceinline__ int next() {
+    int item = helper ? claim(kEarly) : -1;
+    if (item < 0) item = claim(kTiles);
+    return item >= 0 ? item : claim(kLate);
+  }
+};
+
+}  // namespace fastlora::sm90

@@ -1,0 +1,39 @@
+"""The program that test_lora_sm90.py runs under compute-sanitizer: the library's Hopper ops at awkward shapes."""
+
+import torch
+
+from fastlora import _library
+
+BF16, FP32 = torch.bfloat16, torch.float32
+KEEP = 62256
+# (m, n, k, r): ragged everywhere, and a few tiles each way
+SHAPES = [(1, 136, 72, 8), (300, 520, 264, 16), (77, 1000, 136, 80), (513, 264, 520, 24)]
+
+
+def run(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
+    """Every op once or twice."""
+    ops = torch.ops.fastlora
+    x, dy = (torch.randn(m, cols, device="cuda").to(BF16) for cols in (k, n))
+    w = torch.randn(n, k, device="cuda").to(BF16)
+    a, b = torch.randn(r, k, device="cuda").to(dtype), torch.randn(n, r, device="cuda").to(dtype)
+    bias, state = torch.randn(n, device="cuda").to(BF16), torch.tensor([1, 2], device="cuda")
+    wide = dtype == FP32
+    h, _, cast = ops._down_sm90(x, a, None, 0.5, state, KEEP, 0, b if wide else None)
+    ops._gemm_sm90(x, w, h, cast if wide else b, bias, None, None)
+    for drop in (None, state):
+        emit = 0 if drop is None else k
+        g, words, _ = ops._down_sm90(dy, b.t(), None, 0.5, drop, KEEP, emit, None)
+        mask = None if drop is None else words
+        ops._gemm_sm90(dy, w.t(), g, a.to(BF16).t(), None, mask, None)
+        ops._wgrad_sm90(x, g, dy, h, mask, r, wide, wide, True)
+    _, h = ops._lora_forward_sm90(x, w, a, b, bias, None, 0.5, None)
+    ops._lora_backward_sm90(dy, w, a, b, x, h, None, 0.5, True, True, None)
+
+
+if __name__ == "__main__":
+    assert _library.load(torch.device("cuda", 0))
+    for shape in SHAPES:
+        for dtype in (BF16, FP32):
+            run(*shape, dtype)
+    torch.cuda.synchronize()
+    print("ran all")

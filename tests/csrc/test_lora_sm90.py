@@ -1,0 +1,251 @@
+"""fastlora::_lora_forward_sm90 and _lora_backward_sm90 on a Hopper GPU: exact on integers, against fp64, under stress."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import _library, ops, reference
+from fastlora.ops import cuda_backend, support
+from fastlora.testing.compare import assert_accurate
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PROGRAM = Path(__file__).with_name("sanitized_ops.py")
+# (m, n, k, r): one element, ragged everywhere, several units of rows, more than one block of ranks
+SHAPES = [
+    (1, 8, 8, 8),
+    (128, 256, 128, 16),
+    (77, 1000, 136, 24),
+    (300, 520, 1032, 16),
+    (1513, 264, 520, 80),
+    (257, 136, 4104, 512),
+    (2048, 4096, 1024, 64),
+]
+CONFIGS = [None, (128, 256, 3, 2, 1, 1, 3), (256, 128, 3, 1, 2, 1, 8)]
+
+
+def _missing() -> str | None:
+    if not torch.cuda.is_available():
+        return None  # the gpu marker skips these with its own reason
+    return support.miss("lora", "cuda", torch.device("cuda", 0), BF16, 16)
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(_missing() is not None, reason=f"not on this GPU: {_missing()}"),
+]
+
+
+def matrix(rows, cols, dtype=BF16, integers=False, scale=1.0, padded=True):
+    """A matrix whose rows are 16-byte aligned; the padding is NaN and must not be read."""
+    values = torch.randn(rows, cols, device="cuda") * scale
+    if integers:
+        values = torch.randint(-2, 3, (rows, cols), device="cuda").float()
+    if not padded:
+        return values.to(dtype)
+    wide = torch.full((rows, (cols + 7) // 8 * 8 + 8), torch.nan, device="cuda", dtype=dtype)
+    wide[:, :cols] = values.to(dtype)
+    return wide[:, :cols]
+
+
+def problem(m, n, k, r, dtype=BF16, factors=None, integers=False):
+    """x, w, A, B, bias, dY and an h of its own."""
+    factors = factors or dtype
+    make = lambda rows, cols, scale=1.0, kind=dtype: matrix(  # noqa: E731
+        rows, cols, kind, integers, scale, padded=kind != FP32
+    )
+    x, w, dy, h = make(m, k), make(n, k, k**-0.5), make(m, n), make(m, r)
+    a, b = make(r, k, k**-0.5, factors), make(n, r, r**-0.5, factors)
+    return x, w, a, b, make(1, n)[0].contiguous(), dy, h
+
+
+def forward(x, w, a, b, bias=None, scaling=None, scale=0.5, config=None):
+    config = None if config is None else list(config)
+    return torch.ops.fastlora._lora_forward_sm90(x, w, a, b, bias, scaling, scale, config)
+
+
+def backward(dy, w, a, b, x, h, scaling=None, scale=0.5, bias=0, config=None):
+    config = None if config is None else list(config)
+    run = torch.ops.fastlora._lora_backward_sm90
+    return run(dy, w, a, b, x, h, scaling, scale, bias > 0, bias > 1, config)
+
+
+def true_forward(x, w, a, b, bias, scale, dtype):
+    h = (scale * x.double() @ a.double().t()).to(dtype)
+    y = x.double() @ w.double().t() + h.double() @ b.double().t()
+    return (y if bias is None else y + bias.double()), h
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("factors", [BF16, FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integers_are_exact(shape, factors, config):
+    x, w, a, b, bias, dy, h = problem(*shape, factors=factors, integers=True)
+    y, h_made = forward(x, w, a, b, bias, config=config)
+    y_true, h_true = true_forward(x, w, a, b, bias, 0.5, BF16)
+    assert torch.equal(h_made, h_true)
+    assert torch.equal(y, y_true.to(BF16))
+
+    scaling = torch.tensor(0.5, device="cuda")
+    dx, d_a, d_b, d_bias = backward(dy, w, a, b, x, h, scaling, 1.0, bias=2, config=config)
+    g = (0.5 * dy.double() @ b.double()).to(BF16)
+    assert torch.equal(dx, (dy.double() @ w.double() + g.double() @ a.double()).to(BF16))
+    assert torch.equal(d_a, (g.double().t() @ x.double()).to(factors))
+    assert torch.equal(d_b, (dy.double().t() @ h.double()).to(factors))
+    assert torch.equal(d_bias, dy.double().sum(0).float())
+
+
+def test_only_what_is_asked_for():
+    x, w, a, b, _, dy, h = problem(300, 520, 264, 16, integers=True)
+    whole = backward(dy, w, a, b, x, h, bias=1)
+    for with_x in (False, True):
+        for with_h in (False, True):
+            some = backward(dy, w, a, b, x if with_x else None, h if with_h else None)
+            assert torch.equal(some[0], whole[0]) and some[3].numel() == 0
+            for got, all_of_it, asked in ((some[1], whole[1], with_x), (some[2], whole[2], with_h)):
+                assert torch.equal(got, all_of_it) if asked else got.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("shape", [*SHAPES, (8192, 4096, 4096, 16), (4097, 1024, 14336, 64)])
+def test_no_worse_than_twice_torchs_error(shape, dtype):
+    x, w, a, b, bias, dy, h = problem(*shape, dtype=dtype)
+    y, h_made = forward(x, w, a, b, bias)
+    y_true, _ = true_forward(x, w, a, b, bias, 0.5, torch.float64)
+    assert_accurate("y", y, reference.gemm(x, w, h_made, b, bias), y_true)
+    exact = 0.5 * dy.double() @ b.double()
+    dx, d_a, d_b, _ = backward(dy, w, a, b, x, h)
+    g = exact.to(dtype)
+    assert_accurate(
+        "dX",
+        dx,
+        reference.gemm(dy, w.t(), g, a.t(), None),
+        dy.double() @ w.double() + exact @ a.double(),
+    )
+    assert_accurate("dA", d_a, g.t() @ x, exact.t() @ x.double())
+    assert_accurate("dB", d_b, dy.t() @ h, dy.double().t() @ h.double())
+
+
+def test_a_thousand_runs_on_two_streams_without_one_differing_bit():
+    """Mixed shapes, so that flags, counters and workspaces change hands; every buffer is poisoned by what ran before."""
+    cases = [problem(*shape) for shape in (SHAPES[3], SHAPES[4], SHAPES[6], (1024, 1024, 1024, 16))]
+
+    def step(x, w, a, b, bias, dy, h):
+        return (*forward(x, w, a, b, bias), *backward(dy, w, a, b, x, h, bias=1))
+
+    expected = [step(*case) for case in cases]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for i in range(1000):
+        with torch.cuda.stream(streams[i % 2]):
+            which = (i // 2 + i % 2) % len(cases)
+            got = step(*cases[which])
+            for ours, truth in zip(got, expected[which], strict=True):
+                wrong += (ours != truth).any()
+                ours.fill_(torch.nan)  # its memory is the next run's
+    torch.cuda.synchronize()
+    assert wrong.item() == 0
+
+
+def test_a_graph_replays_with_new_inputs_beside_eager_calls():
+    x, w, a, b, bias, dy, h = problem(1000, 520, 1032, 16)
+    step = lambda: (*forward(x, w, a, b, bias), *backward(dy, w, a, b, x, h))  # noqa: E731
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(3):
+        for t in (x, dy):
+            t.copy_(torch.randn_like(t))
+        graph.replay()
+        for ours, truth in zip(got, step(), strict=True):
+            assert torch.equal(ours, truth)
+
+
+def test_a_layer_runs_it_and_nothing_else():
+    x, w, a, b, bias, dy, _ = problem(1024, 512, 256, 16, factors=FP32)
+    leaves = [t.requires_grad_() for t in (x.contiguous(), a, b, bias)]
+    with fastlora.backend("cuda", strict=True):
+        y = fastlora.lora_linear(leaves[0], w, leaves[1], leaves[2], 0.5, leaves[3])
+        grads = torch.autograd.grad(y, leaves, dy.contiguous())
+    assert fastlora.launches() == {("lora_forward", "cuda"): 1, ("lora_backward", "cuda"): 1}
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    truth = reference.lora_linear(exact[0], w.double(), *exact[1:3], 0.5, exact[3])
+    for got, true in zip((y, *grads), (truth, *torch.autograd.grad(truth, exact, dy.double())), strict=True):  # fmt: skip
+        assert (got.double() - true).norm() < 6e-3 * true.norm()
+    fastlora.reset_launches()
+    fastlora.lora_linear(leaves[0], w, leaves[1], leaves[2], 0.5)  # the dispatcher's own choice
+    assert fastlora.launches() == {("lora_forward", "cuda"): 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, w, a, b: (x[:, 1:], w[:, 1:], a[:, 1:], b), "multiples of 8"),
+        (lambda x, w, a, b: (x.t().contiguous().t(), w, a, b), "not contiguous"),
+        (lambda x, w, a, b: (x, w, a[:5], b[:, :5]), "multiples of 8"),
+        (lambda x, w, a, b: (x, w, a.float().t().contiguous().t(), b), "must be contiguous"),
+        (lambda x, w, a, b: (x[:0], w, a, b), "needs rows"),
+    ],
+)
+def test_what_it_does_not_take_goes_elsewhere_or_is_named(change, reason):
+    x, w, a, b, *_ = problem(1024, 512, 256, 16)
+    changed = change(x, w, a, b)
+    with fastlora.backend("cuda", strict=True), pytest.raises(RuntimeError, match=reason):
+        ops.lora_forward(*changed, None, None, 0.5, None, 65536)
+    y, _ = ops.lora_forward(*changed, None, None, 0.5, None, 65536)
+    assert ("lora_forward", "cuda") not in fastlora.launches()
+    truth, _ = true_forward(*changed, None, 0.5, torch.float64)
+    assert (y.double() - truth).norm() <= 6e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("call", ["forward", "backward"])
+def test_bad_arguments_are_refused(call):
+    x, w, a, b, _, dy, h = problem(64, 128, 72, 16)
+
+    def run(x=x, w=w, a=a, b=b, h=h, config=None):
+        if call == "forward":
+            return forward(x, w, a, b, config=config)
+        return backward(dy, w, a, b, x, h, config=config)
+
+    run()
+    for wrong in (
+        dict(w=w[:, :-8]),
+        dict(a=a[:, :-8]),
+        dict(b=b[:-8]),
+        dict(x=x.float()),
+        dict(a=a.to(FP16)),
+        dict(config=(128, 256, 3, 1, 1, 1, 16)),
+        dict(config=(128, 128, 3, 2, 1, 1, 16)),
+        dict(x=x[:-1]) if call == "backward" else dict(x=x[0]),
+        dict(h=h[:, :-8]) if call == "backward" else dict(b=b[:, :-8]),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="_sm90"):
+            run(**wrong)
+    assert cuda_backend.lora_fit(x, w, a, b, None).miss is None
+    assert _library.has_kernel(f"_lora_{call}_sm90")
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck", "initcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer here")
+    path = os.pathsep.join(filter(None, (str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    result = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(PROGRAM)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert "ran all" in result.stdout
