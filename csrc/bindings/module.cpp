@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "plan/plan.h"
+#include "plan/share.h"
 
 namespace py = pybind11;
 using namespace fastlora;
@@ -72,6 +73,23 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("plan", &plan, py::arg("problem"), "The configuration predicted to be the fastest.");
   m.def("candidates", &candidates, py::arg("problem"), "Every sensible configuration, best first.");
-  m.def("estimate", &estimate, py::arg("problem"), py::arg("config"), "Predicted SM clocks.");
+  m.def("estimate", py::overload_cast<const Problem&, const TileConfig&>(&estimate),
+        py::arg("problem"), py::arg("config"), "Predicted SM clocks.");
+  py::class_<LinearWork>(m, "LinearWork", "The passes of a low-rank linear, in elements.")
+      .def(py::init([](int clusters, int64_t tiles, int64_t k, int64_t row_groups, int64_t down,
+                       int64_t wgrad_b, int64_t wgrad_a) {
+             return LinearWork{clusters, tiles, k, row_groups, down, wgrad_b, wgrad_a};
+           }),
+           py::kw_only(), py::arg("clusters"), py::arg("tiles"), py::arg("k"),
+           py::arg("row_groups"), py::arg("down"), py::arg("wgrad_b") = 0, py::arg("wgrad_a") = 0);
+  py::class_<Share>(m, "Share", "Who makes them.")
+      .def(py::init<int, bool, bool>(), py::arg("helpers"), py::arg("b_early") = false,
+           py::arg("a_early") = false)
+      .def_readonly("helpers", &Share::helpers)
+      .def_readonly("b_early", &Share::b_early)
+      .def_readonly("a_early", &Share::a_early);
+  m.def("share_work", &share_work, py::arg("work"), "The share predicted to be the fastest.");
+  m.def("estimate", py::overload_cast<const LinearWork&, const Share&>(&estimate), py::arg("work"),
+        py::arg("share"), "Predicted us on an H200.");
   m.def("build_info", &build_info, "How this binary was built.");
 }

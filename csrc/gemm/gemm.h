@@ -43,7 +43,6 @@ struct GemmConfig {
   int cluster_m = 1, cluster_n = 1;  // CTAs that share w (cluster_m) or x (cluster_n): 1 or 2
   int group_m = 16;                  // block rows walked together, so that they share w in L2
   int num_sms = 132;
-  bool dependent = false;  // may start before the kernel in front of it has finished
 };
 
 // SMs of a device, asked once.

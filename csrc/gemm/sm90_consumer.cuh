@@ -6,7 +6,6 @@
 
 #include "common/sm90/cluster.cuh"
 #include "common/sm90/mbarrier.cuh"
-#include "common/sm90/pdl.cuh"
 #include "common/sm90/tma.cuh"
 #include "common/sm90/wgmma.cuh"
 #include "gemm/sm90_shape.cuh"
@@ -231,8 +230,6 @@ struct Consumer {
   __device__ __forceinline__ void run(int cta, int first, int stride) {
     const int tiles = args.tiles_m * args.tiles_n;
     const int thread_row = warp * 16 + lane / 4;
-    pdl_wait();
-
     int row, col;
     MaskBits<Tile> mask;
     const auto prefetch = [&](int tile) {

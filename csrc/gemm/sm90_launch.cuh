@@ -122,23 +122,20 @@ void launch_persistent(void (*kernel)(Args...), int shared_bytes,
                        std::array<std::atomic<int>, 128>& known, int items,
                        const GemmConfig& config, CUstream_st* stream, const Args&... args) {
   const int cluster = config.cluster_m * config.cluster_n;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = cluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t setup{};
   setup.blockDim = kThreads;
   setup.dynamicSmemBytes = shared_bytes;
   setup.stream = stream;
-  setup.attrs = attributes;
+  setup.attrs = &attribute;
   setup.numAttrs = 1;
 
   const int clusters =
       std::min({items, config.num_sms / cluster, resident_clusters(kernel, setup, cluster, known)});
   setup.gridDim = clusters * cluster;
-  setup.numAttrs = config.dependent ? 2 : 1;
   check_cuda(cudaLaunchKernelEx(&setup, kernel, args...), "gemm_sm90");
   check_launch("gemm_sm90");
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/sm90/mbarrier.cuh"
-#include "common/sm90/pdl.cuh"
 #include "common/sm90/tma.cuh"
 #include "gemm/sm90_shape.cuh"
 
@@ -68,7 +67,6 @@ template <class Tile, bool kMnMajor, bool kMasked>
 __device__ __forceinline__ void produce(const GemmMaps& maps, const GemmArgs& args, uint32_t base,
                                         int cta, int first, int stride) {
   Ring<Tile> ring{base};
-  pdl_wait();
   for (int tile = first; tile < args.tiles_m * args.tiles_n; tile += stride) {
     int row, col;
     locate<Tile>(args, tile, cta, row, col);

@@ -2,6 +2,7 @@
 #include "gemm/sm90_launch.cuh"
 #include "lora/lora.h"
 #include "lora/sm90_kernel.cuh"
+#include "plan/share.h"
 
 // Both have slots of 48 KiB; the pair of CTAs has 256 rows.
 #define FASTLORA_LORA_TILES(each) each(128, 256) each(256, 128)
@@ -15,11 +16,6 @@ using sm90::LoraWgrad;
 
 constexpr int64_t kLeastSlots = 4;  // of 128, in a run: shorter ones are all ramp
 constexpr int64_t kMostSlots = 32;  // of `wgrad`, whose results may stay fp32; h is rounded anyway
-
-// Of an H200; only how work is shared depends on them.
-constexpr double kTileUsPerK = 44.0 / 4096;  // a tile of 128 x 256
-constexpr double kStreamUs = 2 / 0.1e6;      // a cluster streams an element
-constexpr int kFewestHelpers = 4, kMostHelpers = 8;
 
 struct Cut {
   int64_t runs, length;
@@ -58,15 +54,13 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
     args.cast_items += static_cast<int>(ceil_div(p.casts[i].elements, sm90::kCastElements));
   }
 
-  // Time of clusters, in us: what the last round of tiles leaves, and what streams take of it.
   const int tiles = args.gemm.tiles_m * args.gemm.tiles_n;
-  const int idle = (clusters - tiles % clusters) % clusters;
-  args.helpers = std::min(std::clamp(idle, kFewestHelpers, kMostHelpers), clusters);
-  double left = idle * static_cast<double>(gemm.k + 64) * kTileUsPerK;
-  const auto is_early = [&](int64_t columns) {
-    left -= static_cast<double>(gemm.m) * static_cast<double>(columns) * kStreamUs;
-    return left > 0;
-  };
+  const int64_t read = gemm.m * gemm.k;
+  const Share share =
+      share_work({clusters, tiles, gemm.k + sm90::kBlockK,
+                  ceil_div(args.gemm.tiles_m, args.gemm.group_m), read * args.rank_blocks,
+                  p.d_b == nullptr ? 0 : read, p.d_a == nullptr ? 0 : gemm.m * gemm.n});
+  args.helpers = share.helpers;
 
   int64_t counters = args.flags, float4s = 0;
   const auto take = [&](auto& sum, int64_t slots, int64_t groups, bool early, int values,
@@ -91,13 +85,11 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
   args.down.out = const_cast<void*>(gemm.h);
   args.down.scale = p.scale;
   args.down.scaling = p.scaling;
-  is_early(gemm.k);  // whatever it says
   args.down_items = take(args.down, ceil_div(gemm.k, sm90::kSlotDepth),
                          args.gemm.tiles_m * args.rank_blocks, true, ranks / 2, int64_t{1} << 24);
 
-  bool early = true;  // as long as there is time
   const auto wgrad = [&](int i, int64_t columns, void* out, GradType type, int64_t stride_column,
-                         int64_t stride_rank) {
+                         int64_t stride_rank, bool early) {
     if (out == nullptr) return;
     LoraWgrad& job = args.wgrad[i];
     job.out = out;
@@ -105,13 +97,12 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
     job.stride_column = stride_column;
     job.stride_rank = stride_rank;
     job.columns = static_cast<int>(columns);
-    early = early && is_early(columns);
     args.wgrad_items[i] = take(job, ceil_div(gemm.m, sm90::kSlotDepth),
                                ceil_div(columns, sm90::kUnitRows) * args.rank_blocks, early,
                                ranks / 2 + 4, kMostSlots);
   };
-  wgrad(0, gemm.k, p.d_b, p.type_b, gemm.rank, 1);
-  wgrad(1, gemm.n, p.d_a, p.type_a, 1, gemm.n);
+  wgrad(0, gemm.k, p.d_b, p.type_b, gemm.rank, 1, share.b_early);
+  wgrad(1, gemm.n, p.d_a, p.type_a, 1, gemm.n, share.a_early);
   args.wgrad[0].bias = p.d_bias;
   args.wgrad[0].bias_type = static_cast<int>(p.type_bias);
   args.helpers = std::min(args.helpers, args.limits[0]);

@@ -68,7 +68,6 @@ __device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const Lora
 template <class Tile, int kN, bool kBackward>
 __device__ __forceinline__ void produce_items(const LoraMaps& maps, const LoraArgs& args,
                                               uint32_t base, uint32_t queue_base, int cta) {
-  pdl_wait();
   const GemmArgs& gemm = args.gemm;
   const int cluster = gemm.cluster_m * gemm.cluster_n;
   Ring<Tile> ring{base};
@@ -92,7 +91,6 @@ __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraAr
                                               int cta, int consumer_warp, int lane) {
   Consumer<T, Tile, kBackward, false> consumer(maps.gemm, args.gemm, base, consumer_warp, lane);
   ItemQueue queue{queue_base};
-  pdl_wait();
   while (true) {
     const Item item = queue.template next<true>();
     if (item.job == Job::kEnd) break;

@@ -95,9 +95,12 @@ def lora_fit(
         return Fit(
             f"needs rows, N, K and ranks in multiples of 8, and sizes below 2^31, got {(m, n, k, r)}"
         )
+    tiles = -(-m // 256) * -(
+        -(n + k - x.shape[1]) // 256
+    )  # on 66 pairs of SMs (benchmarks/NOTES.md)
     slower = None
-    if m < 1024:
-        slower = "with this few rows the ops one by one are faster"
+    if tiles < 48 or 58 < tiles < 100:
+        slower = "with this few tiles, and no SMs that would be idle, the ops one by one are faster"
     tensors = [t for t in (x, w, a, b, h, saved_x) if t is not None]
     if (
         all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)

@@ -170,7 +170,7 @@ def test_a_graph_replays_with_new_inputs_beside_eager_calls():
 
 
 def test_a_layer_runs_it_and_nothing_else():
-    x, w, a, b, bias, dy, _ = problem(1024, 512, 256, 16, factors=FP32)
+    x, w, a, b, bias, dy, _ = problem(4096, 1024, 512, 16, factors=FP32)
     leaves = [t.requires_grad_() for t in (x.contiguous(), a, b, bias)]
     with fastlora.backend("cuda", strict=True):
         y = fastlora.lora_linear(leaves[0], w, leaves[1], leaves[2], 0.5, leaves[3])

@@ -140,3 +140,58 @@ def test_bad_problems_are_refused(arguments, message):
 def test_configurations_no_kernel_can_run_are_refused(flat, message):
     with pytest.raises(ValueError, match=message):
         _core.TileConfig.from_list(flat)
+
+
+# ---- Who makes the passes of a low-rank linear ---------------------------------------------------------------
+
+passes = st.integers(0, 2**36)
+works = st.builds(
+    _core.LinearWork,
+    clusters=st.integers(1, 100),
+    tiles=st.integers(1, 2**24),
+    k=st.integers(1, 2**20),
+    row_groups=st.integers(1, 2**12),
+    down=passes,
+    wgrad_b=passes,
+    wgrad_a=passes,
+)
+
+
+@hypothesis.given(works)
+def test_the_best_share_can_run_and_none_is_better(work):
+    best = _core.share_work(work)
+    least = _core.estimate(work, best)
+    assert least > 0
+    clusters = next(n for n in range(100, 0, -1) if _accepts(work, n))
+    assert 1 <= best.helpers <= clusters
+    for helpers in {4, 8, 16, 33, clusters} & set(range(1, clusters + 1)):
+        for early in ((False, False), (True, False), (True, True)):
+            assert least <= _core.estimate(work, _core.Share(helpers, *early)) + 0.6
+
+
+def _accepts(work, helpers):
+    try:
+        _core.estimate(work, _core.Share(helpers))
+    except ValueError:
+        return False
+    return True
+
+
+def test_helpers_are_those_that_would_be_idle():
+    """4096 x 4096 at 8192 rows: 512 tiles for 66 clusters leave 16 of them a round short."""
+    work = dict(clusters=66, tiles=512, k=4160, row_groups=4)
+    product = _core.estimate(_core.LinearWork(**work, down=0), _core.Share(8))
+    with_h = _core.LinearWork(**work, down=8192 * 4096)
+    assert _core.estimate(with_h, _core.Share(8)) < 1.01 * product
+    assert _core.estimate(with_h, _core.Share(66)) > 1.04 * product
+    # One round of tiles on all clusters: nobody would be idle, so all make h first.
+    work = _core.LinearWork(clusters=66, tiles=66, k=4160, row_groups=1, down=1024 * 4096)
+    assert _core.share_work(work).helpers == 66
+
+
+def test_bad_work_is_refused():
+    with pytest.raises(ValueError, match="must be positive"):
+        _core.share_work(_core.LinearWork(clusters=66, tiles=0, k=64, row_groups=1, down=0))
+    work = _core.LinearWork(clusters=4, tiles=1, k=64, row_groups=1, down=0)
+    with pytest.raises(ValueError, match="helpers must be"):
+        _core.estimate(work, _core.Share(5))

@@ -1,0 +1,31 @@
+// How a low-rank linear (csrc/lora) shares its work among clusters of SMs: which of its passes over
+// memory are made beside the tiles, by how many clusters, and which after them. Pure host C++.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlora {
+
+// Passes over activations, in elements of 16 bits; `wgrad` may be none.
+struct LinearWork {
+  int clusters;        // pairs of SMs that run at once
+  int64_t tiles;       // of 256 x 256, a cluster's
+  int64_t k;           // depth of a tile, the rank with it
+  int64_t row_groups;  // tiles are walked in so many groups of rows
+  int64_t down;        // what h is made from: before the tiles are done
+  int64_t wgrad_b;     // what dB is, at any time
+  int64_t wgrad_a;     // what dA is, after `down`
+};
+
+struct Share {
+  int helpers;            // clusters that begin with passes instead of tiles
+  bool b_early, a_early;  // these passes are the helpers'; else everybody's, after the tiles
+};
+
+// Predicted time in us of an H200.
+double estimate(const LinearWork& work, const Share& share);
+
+// The best share. b_early comes before a_early.
+Share share_work(const LinearWork& work);
+
+}  // namespace fastlora
