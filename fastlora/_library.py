@@ -220,7 +220,8 @@ def _fake_lora_forward(x, w, a, *_):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
-def _fake_lora_backward(dy, w, a, b, x, h, scaling, scale, bias, float_bias, config):  # type: ignore[no-untyped-def]
+def _fake_lora_backward(dy, w, a, b, x, h, *rest):  # type: ignore[no-untyped-def]
+    _, _, _, _, bias, float_bias, _ = rest  # scaling, scale, rng_state, keep first, config last
     nothing = dy.new_empty(0)
     bias_dtype = torch.float32 if float_bias else dy.dtype
     return (

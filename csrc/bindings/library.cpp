@@ -24,15 +24,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
       "_wgrad_sm90(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, Tensor? words, int rank, bool "
       "float_a, "
       "bool float_b, bool bias) -> (Tensor, Tensor, Tensor)");
-  // y [m, n] and h [m, r] = scale [scaling] x a^T; a [r, k] and b [n, r] in x's dtype or float32;
-  // config as above
+  // y [m, n] and h [m, r] = scale [scaling] drop(x) a^T; a [r, k] and b [n, r] in x's dtype or
+  // float32; rng_state and keep as above; config as above
   m.def(
       "_lora_forward_sm90(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, "
-      "float scale, int[]? config) -> (Tensor, Tensor)");
+      "float scale, Tensor? rng_state, int keep, int[]? config) -> (Tensor, Tensor)");
   // dx [m, k], d_a [r, k] where x is given, d_b [n, r] where h is, d_bias [n] (in float32, or dy's
   // dtype)
   m.def(
       "_lora_backward_sm90(Tensor dy, Tensor w, Tensor a, Tensor b, Tensor? x, Tensor? h, Tensor? "
-      "scaling, float scale, bool bias, bool float_bias, int[]? config) -> (Tensor, Tensor, "
-      "Tensor, Tensor)");
+      "scaling, float scale, Tensor? rng_state, int keep, bool bias, bool float_bias, int[]? "
+      "config) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -11,6 +11,7 @@
 
 #include "bindings/gemm_plan.h"
 #include "common/index.cuh"
+#include "common/philox.cuh"
 #include "host/check.h"
 #include "host/counters.h"
 #include "host/stream.h"
@@ -65,6 +66,9 @@ bool takes(const TileConfig& tile) {
          tile.block_m * tile.cluster_m == 256 && tile.block_m * tile.block_n == 128 * 256;
 }
 
+// What there is in any case, and all there is with dropout.
+constexpr GemmConfig kOnlyTile{128, 256, 2, 1, 16};
+
 // What both directions have in common. x is dY in backward, `out_features` K.
 struct Call {
   LoraParams params{};
@@ -114,6 +118,18 @@ struct Call {
     }
   }
 
+  // Dropout of x by its state (two int64 on the device), keeping keep / 65536.
+  void drop(const OptionalTensor& rng_state, int64_t keep, const Tensor& x) {
+    if (!rng_state.has_value()) return;
+    check(rng_state->scalar_type() == ScalarType::Long && rng_state->numel() == 2 &&
+              rng_state->dim() == 1 && rng_state->get_device_index() == x.get_device_index(),
+          "_lora_sm90: rng_state must be an int64 tensor of 2 elements on x's device");
+    check(0 <= keep && keep <= kKeepAll, "_lora_sm90: keep must be in 0..", kKeepAll);
+    params.rng_state = rng_state->const_data_ptr<int64_t>();
+    params.rng_stride = rng_state->stride(0);
+    params.keep = static_cast<uint32_t>(keep);
+  }
+
   void launch(const Tensor& x, const OptionalConfig& config) {
     const int32_t device = x.get_device_index();
     CUstream_st* const stream = current_stream(device);
@@ -126,12 +142,15 @@ struct Call {
     } else {
       chosen = planned(
           1, {gemm.m, gemm.n, gemm.k, gemm.rank, gemm.half ? "float16" : "bfloat16", num_sms},
-          takes, GemmConfig{128, 256, 2, 1, 16});
+          takes, kOnlyTile);
     }
+    if (params.rng_state != nullptr && !config.has_value()) chosen = kOnlyTile;
     chosen.num_sms = num_sms;
     const LoraSizes sizes = lora_sm90_sizes(params, chosen);
     const Tensor workspace = new_empty({sizes.workspace_bytes}, ScalarType::Byte, x);
     const Tensor counters = zero_counters(sizes.counters, x.device(), stream);
+    const Tensor words = new_empty({sizes.words}, ScalarType::Int, x);
+    params.words = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
     params.workspace = workspace.mutable_data_ptr();
     params.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
     lora_sm90(params, chosen, stream);
@@ -141,9 +160,11 @@ struct Call {
 // y [m, n] and h [m, rank].
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tensor& a,
                                    const Tensor& b, OptionalTensor bias, OptionalTensor scaling,
-                                   double scale, OptionalConfig config) {
+                                   double scale, OptionalTensor rng_state, int64_t keep,
+                                   OptionalConfig config) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call(x, w, a, b, false, scaling, scale);
+  call.drop(rng_state, keep, x);
   if (bias.has_value()) {
     check(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 &&
               bias->size(0) == call.params.gemm.n && bias->is_contiguous() &&
@@ -156,13 +177,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tenso
 }
 
 // dX [m, K], dA [rank, K], dB [N, rank], dbias [N]; shape [0] for what was not asked.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& w,
-                                                    const Tensor& a, const Tensor& b,
-                                                    OptionalTensor x, OptionalTensor h,
-                                                    OptionalTensor scaling, double scale, bool bias,
-                                                    bool float_bias, OptionalConfig config) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy, const Tensor& w, const Tensor& a, const Tensor& b, OptionalTensor x,
+    OptionalTensor h, OptionalTensor scaling, double scale, OptionalTensor rng_state, int64_t keep,
+    bool bias, bool float_bias, OptionalConfig config) {
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   Call call(dy, w, a, b, true, scaling, scale);
+  call.drop(rng_state, keep, dy);
   LoraParams& params = call.params;
   const int64_t m = params.gemm.m, rank = params.gemm.rank, in = params.gemm.n, out = params.gemm.k;
   const Tensor none = new_empty({0}, dy.scalar_type(), dy);

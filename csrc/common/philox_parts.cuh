@@ -4,6 +4,8 @@
 // round 3 of 7: of a call's 14 products 9 are left, and 11 of its 14 three-way exclusive ors.
 #pragma once
 
+#include <type_traits>
+
 #include "common/philox.cuh"
 
 namespace fastlora {
@@ -123,6 +125,22 @@ FASTLORA_HOST_DEVICE uint32_t keep_word(const PhiloxState& state,
     carry = add_planes(carry, planes[i], 4 - kCalls + i, keep);
   }
   return carry | (0u - (keep >> 16));
+}
+
+// body(std::integral_constant<int, calls>): code of its own for each number of calls of Philox,
+// which then run side by side.
+template <class Body>
+FASTLORA_HOST_DEVICE void with_calls(int calls, const Body& body) {
+  switch (calls) {
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    default:
+      return body(std::integral_constant<int, 4>());
+  }
 }
 
 }  // namespace fastlora

@@ -58,22 +58,6 @@ __device__ __forceinline__ PhiloxState load_rng_state(const DownArgs& args) {
           static_cast<uint64_t>(args.rng_state[args.rng_stride])};
 }
 
-// body(std::integral_constant<int, calls>): code of its own for each number of calls of Philox,
-// which then run side by side.
-template <class Body>
-__device__ __forceinline__ void with_calls(int calls, const Body& body) {
-  switch (calls) {
-    case 1:
-      return body(std::integral_constant<int, 1>());
-    case 2:
-      return body(std::integral_constant<int, 2>());
-    case 3:
-      return body(std::integral_constant<int, 3>());
-    default:
-      return body(std::integral_constant<int, 4>());
-  }
-}
-
 template <class T>
 __device__ __forceinline__ T from_float(float value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {

@@ -2,6 +2,7 @@
 // the ring, each its part of the tile, and store it.
 #pragma once
 
+#include <cstddef>
 #include <type_traits>
 
 #include "common/sm90/cluster.cuh"
@@ -49,32 +50,48 @@ struct MaskBits {
   static constexpr int kRegisters = Tile::kGroupN / 64;
   uint32_t bits[Tile::kWgmmas][kRegisters];
 
-  __device__ __forceinline__ void load(const GemmArgs& args, int row, int col, int lane) {
+  // The words of register i, and the register made of them; apart, because they take a microsecond.
+  __device__ __forceinline__ void fetch(uint32_t (&words)[8], const GemmArgs& args, int row,
+                                        int col, int j, int i) const {
     const int columns = (args.n + 7) / 8, rows = (args.m + 31) / 32 * 8;
+    const int at = row + 64 * j;
+    const int unit_row = at / 32 * 8 + at % 8;
+    const int first = col / 8 + 8 * i;
+    const uint32_t* const source = args.mask + unit_row * args.mask_pitch + first;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      words[e] = 0;
+      // Through L2: it may have been written during this kernel.
+      if (unit_row < rows && first + e < columns) words[e] = __ldcg(source + e);
+    }
+  }
+  __device__ __forceinline__ static uint32_t pack(const uint32_t (&words)[8], int row, int lane) {
     const int shift = row % 32 / 8 * 8 + lane % 4 * 2;
+    uint32_t packed = 0;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const uint32_t word = words[e] >> shift;  // this row's bits in 0, 1; the next one's in 8, 9
+      packed |= ((word & 3) | (word >> 6 & 12)) << (4 * e);
+    }
+    return packed;
+  }
+
+  // The next register, in a loop: all move up one place, so that none is chosen by an index.
+  __device__ __forceinline__ void shift_in(const uint32_t (&words)[8], int row, int lane) {
+    uint32_t* const all = &bits[0][0];
+#pragma unroll
+    for (int i = 0; i + 1 < Tile::kWgmmas * kRegisters; ++i) all[i] = all[i + 1];
+    all[Tile::kWgmmas * kRegisters - 1] = pack(words, row, lane);
+  }
+
+  __device__ __forceinline__ void load(const GemmArgs& args, int row, int col, int lane) {
 #pragma unroll
     for (int j = 0; j < Tile::kWgmmas; ++j) {
-      const int at = row + 64 * j;
-      const int unit_row = at / 32 * 8 + at % 8;
-      const uint32_t* const source = args.mask + unit_row * args.mask_pitch;
-      const int first = col / 8;
-      const bool inside = unit_row < rows && first + 8 * kRegisters <= columns;
 #pragma unroll
       for (int i = 0; i < kRegisters; ++i) {
         uint32_t words[8];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int c = first + 8 * i + e;
-          words[e] = inside || (unit_row < rows && c < columns) ? __ldg(source + c) : 0;
-        }
-        uint32_t packed = 0;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const uint32_t word =
-              words[e] >> shift;  // this row's bits in 0, 1; the next one's in 8, 9
-          packed |= ((word & 3) | (word >> 6 & 12)) << (4 * e);
-        }
-        bits[j][i] = packed;
+        fetch(words, args, row, col, j, i);
+        bits[j][i] = pack(words, row, lane);
       }
     }
   }
@@ -99,6 +116,17 @@ struct Consumer {
         group(consumer_warp / 4),
         warp(consumer_warp % 4),
         lane(lane) {}
+
+  // The accumulators hold nothing that matters: otherwise they keep their registers between tiles,
+  // for the first wgmma of a tile names them as inputs, too.
+  __device__ __forceinline__ void forget() {
+#pragma unroll
+    for (int j = 0; j < Tile::kWgmmas; ++j) {
+#pragma unroll
+      for (float& value : acc[j]) value = 0;
+      pin(acc[j]);
+    }
+  }
 
   // Where this warpgroup's part of a tile begins.
   __device__ __forceinline__ int part_row() const {
@@ -168,11 +196,71 @@ struct Consumer {
     for (int i = 0; i < args.k_steps; ++i) step<true>(4, accumulate || i > 0, i == 0);
   }
 
+  // All of them, and the mask meanwhile: its words are under way while the tensor cores work. False
+  // where there are too few steps for that.
+  __device__ __forceinline__ bool base_steps_with(MaskBits<Tile>& mask, int row, int col) {
+    constexpr int kRounds = Tile::kWgmmas * MaskBits<Tile>::kRegisters;
+    const int before = args.k_steps - 2 * kRounds;
+    if (before < 1) {
+      base_steps(false);
+      return false;
+    }
+#pragma unroll 1
+    for (int i = 0; i < before; ++i) step<true>(4, i > 0, i == 0);
+#pragma unroll 1
+    for (int i = 0; i < kRounds; ++i) {
+      constexpr int kEach = MaskBits<Tile>::kRegisters;
+      uint32_t words[8];
+      mask.fetch(words, args, row, col, i / kEach, i % kEach);
+      step<true>(4, true, false);
+      step<true>(4, true, false);
+      mask.shift_in(words, row, lane);
+    }
+    return true;
+  }
+
   __device__ __forceinline__ void rank_steps(bool accumulate) {
 #pragma unroll 1
     for (int i = 0; i < args.rank_steps; ++i) {
       const int pieces = min(4, (args.rank - i * kBlockK + 15) / 16);
       step<false>(pieces, accumulate || i > 0, !accumulate && i == 0);
+    }
+  }
+
+  // 64 columns of h L^T, from the slot of the ring that holds h and L; kPieces x 16 ranks.
+  template <int kPieces>
+  __device__ __forceinline__ void rank_product(float (&low)[32], int j, int slab_column) const {
+    static_assert(kMnMajor && !Tile::kSplitN);
+    const uint64_t from_x =
+        descriptor_k_major(ring.x() + group * Tile::kGroupM * kRowBytes + j * kSlabBytes);
+    const uint64_t from_w = descriptor_mn_major(ring.w() + slab_column * kSlabBytes, kSlabBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      Wgmma<64>::template ss<T, 0, 1>(low, from_x + i * kNextK16, from_w + i * kNextK16MnMajor,
+                                      i > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(low);
+  }
+
+  // What is added to 64 columns of a tile before they are stored: mask o (h L^T).
+  __device__ __forceinline__ void masked_rank(float (&low)[32], const MaskBits<Tile>& mask, int j,
+                                              int slab_column) const {
+    const int pieces = (args.rank + 15) / 16;
+    if (pieces == 1) {
+      rank_product<1>(low, j, slab_column);
+    } else if (pieces == 2) {
+      rank_product<2>(low, j, slab_column);
+    } else if (pieces == 3) {
+      rank_product<3>(low, j, slab_column);
+    } else {
+      rank_product<4>(low, j, slab_column);
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (!(mask.bits[j][slab_column] >> i & 1)) low[i] = 0;
     }
   }
 
@@ -191,12 +279,23 @@ struct Consumer {
   // `row`, `col`: where this warpgroup's part starts.
   __device__ __forceinline__ void store(const uint32_t (&bias)[Tile::kGroupN / 8], int row,
                                         int col) {
+    store(bias, row, col, nullptr);
+  }
+
+  // The same with more to add: `more(j, s, low)` makes what comes to 64 columns of wgmma j; or
+  // nullptr.
+  template <class More>
+  __device__ __forceinline__ void store(const uint32_t (&bias)[Tile::kGroupN / 8], int row, int col,
+                                        More more) {
     // Lanes give row lane % 16, and of a pair of 16-byte chunks lane / 16.
     const uint32_t lane_row = lane % 16 * kRowBytes;
 #pragma unroll
     for (int j = 0; j < Tile::kWgmmas; ++j) {
 #pragma unroll
       for (int s = 0; s < Tile::kGroupN / 64; ++s) {
+        constexpr bool kMore = !std::is_same_v<More, std::nullptr_t>;
+        [[maybe_unused]] float low[32];
+        if constexpr (kMore) more(j, s, low);
         if (lane == 0) tma_wait_read<1>();  // the slab was read: only the other one may still be
         __syncwarp();
 #pragma unroll
@@ -206,8 +305,13 @@ struct Consumer {
           for (int i = 0; i < 2; ++i) {
             const float* const d = acc[j] + 32 * s + 4 * (c + i);
             const float2 add = unpack<T>(bias[8 * s + c + i]);
-            packed[2 * i] = pack<T>(d[0] + add.x, d[1] + add.y);
-            packed[2 * i + 1] = pack<T>(d[2] + add.x, d[3] + add.y);
+            float sum[4] = {d[0] + add.x, d[1] + add.y, d[2] + add.x, d[3] + add.y};
+            if constexpr (kMore) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sum[e] += low[4 * (c + i) + e];
+            }
+            packed[2 * i] = pack<T>(sum[0], sum[1]);
+            packed[2 * i + 1] = pack<T>(sum[2], sum[3]);
           }
           const uint32_t chunk = (c + lane / 16) ^ (lane % 8);  // the 128-byte swizzle
           stmatrix_x4(staging + slab + lane_row + chunk * 16, packed[0], packed[1], packed[2],

@@ -46,6 +46,13 @@ struct LoraParams {
   void* d_bias = nullptr;  // [k]
   GradType type_bias = GradType::kFloat32;
 
+  // Dropout of x on its way to h; the gradients by the same mask. The state [2], rng_stride apart,
+  // or null. Ranks up to 64 then.
+  const int64_t* rng_state = nullptr;
+  int64_t rng_stride = 1;
+  uint32_t keep = 0;          // of 65536
+  uint32_t* words = nullptr;  // LoraSizes.words of memory for the mask
+
   void* workspace = nullptr;  // for partial sums, a multiple of 16
   // All zero before the launch, and again after it. Launches that may run at the same time need
   // different ones.
@@ -53,7 +60,7 @@ struct LoraParams {
 };
 
 struct LoraSizes {
-  int64_t workspace_bytes, counters;
+  int64_t workspace_bytes, counters, words;
 };
 LoraSizes lora_sm90_sizes(const LoraParams& params, const GemmConfig& config);
 

@@ -1,11 +1,9 @@
 // Launches the kernel of sm90_kernel.cuh: how its work is cut, and which instance to run.
+#include "common/philox.cuh"
 #include "gemm/sm90_launch.cuh"
 #include "lora/lora.h"
 #include "lora/sm90_kernel.cuh"
 #include "plan/share.h"
-
-// Both have slots of 48 KiB; the pair of CTAs has 256 rows.
-#define FASTLORA_LORA_TILES(each) each(128, 256) each(256, 128)
 
 namespace fastlora {
 namespace {
@@ -62,7 +60,22 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
                   p.d_b == nullptr ? 0 : read, p.d_a == nullptr ? 0 : gemm.m * gemm.n});
   args.helpers = share.helpers;
 
-  int64_t counters = args.flags, float4s = 0;
+  const bool drops = p.rng_state != nullptr;
+  if (drops) {  // of x: K is n in backward
+    const int64_t columns = gemm.w_mn_major ? gemm.n : gemm.k;
+    args.gemm.mask = p.words;
+    args.gemm.mask_pitch = ceil_div(columns, 32) * 4;
+    args.dropout = {p.rng_state,
+                    p.rng_stride,
+                    p.keep,
+                    static_cast<int>(4 - first_call(p.keep)),
+                    static_cast<int>(8 * ceil_div(gemm.m, 32)),
+                    static_cast<int>(ceil_div(args.gemm.mask_pitch, 32))};
+    plan.sizes.words = args.dropout.unit_rows * args.gemm.mask_pitch;
+    check(ceil_div(gemm.m, 32) * args.dropout.row_chunks < (int64_t{1} << 30),
+          "lora_sm90: too much work for one launch");
+  }
+  int64_t counters = (drops ? 2 : 1) * args.flags, float4s = 0;
   const auto take = [&](auto& sum, int64_t slots, int64_t groups, bool early, int values,
                         int64_t most_slots) {
     const Cut runs = cut(slots, groups, early ? args.helpers : clusters, most_slots);
@@ -142,8 +155,14 @@ void check_lora(const LoraParams& p, const GemmConfig& config) {
   check(gemm.rank >= 8 && gemm.rank <= 512 && gemm.rank % 8 == 0 && gemm.k % 8 == 0,
         "lora_sm90: rank (up to 512) and k must be multiples of 8, got ", gemm.rank, " and ",
         gemm.k);
-  check(config.cluster_m * config.cluster_n == 2 && config.block_m * config.cluster_m == 256,
-        "lora_sm90: needs clusters of 2 with 256 rows together");
+  // Slots of 48 KiB, and 256 rows for a pair of CTAs.
+  const bool wide = config.block_m == 128 && config.block_n == 256 && config.cluster_m == 2;
+  const bool high = config.block_m == 256 && config.block_n == 128 && config.cluster_n == 2;
+  check(wide || (high && p.rng_state == nullptr), "lora_sm90: no kernel has the tile ",
+        config.block_m, "x", config.block_n, " in clusters of ", config.cluster_m, "x",
+        config.cluster_n, p.rng_state == nullptr ? "" : " with dropout");
+  check(p.rng_state == nullptr || (gemm.rank <= 64 && p.keep <= kKeepAll),
+        "lora_sm90: dropout takes ranks up to 64 and keep up to ", kKeepAll);
   check(p.d_bias == nullptr || p.d_b != nullptr, "lora_sm90: d_bias comes with d_b");
   check(gemm.mask == nullptr, "lora_sm90: takes no mask");
   check(gemm.h_pitch == gemm.rank, "lora_sm90: h must have no gaps");
@@ -161,12 +180,12 @@ void check_lora(const LoraParams& p, const GemmConfig& config) {
   }
 }
 
-template <class T, class Tile, int kN>
+template <class T, class Tile, int kN, bool kDrop>
 void launch(const LoraMaps& maps, const LoraArgs& args, bool backward, const GemmConfig& config,
             CUstream_st* stream) {
   static std::array<std::atomic<int>, 128> known[2]{};
-  auto* const kernel =
-      backward ? sm90::lora_kernel<T, Tile, kN, true> : sm90::lora_kernel<T, Tile, kN, false>;
+  auto* const kernel = backward ? sm90::lora_kernel<T, Tile, kN, true, kDrop>
+                                : sm90::lora_kernel<T, Tile, kN, false, kDrop>;
   sm90::launch_persistent(kernel, sm90::kLoraSharedBytes<Tile>, known[backward],
                           args.limits[0] + args.limits[1] + args.limits[2], config, stream, maps,
                           args);
@@ -203,17 +222,20 @@ void lora_sm90(const LoraParams& params, const GemmConfig& config, CUstream_st* 
   const auto run = [&](auto instance) {
     instance(maps, args, params.gemm.w_mn_major, config, stream);
   };
-#define FASTLORA_TRY_TILE(rows, cols)                                                       \
-  if (config.block_m == rows && config.block_n == cols) {                                   \
-    using Tile = sm90::Tile<rows, cols>;                                                    \
-    const bool narrow = ranks_at_a_time(params.gemm.rank) == 16;                            \
-    if (params.gemm.half)                                                                   \
-      return run(narrow ? launch<__half, Tile, 16> : launch<__half, Tile, 64>);             \
-    return run(narrow ? launch<__nv_bfloat16, Tile, 16> : launch<__nv_bfloat16, Tile, 64>); \
-  }
-  FASTLORA_LORA_TILES(FASTLORA_TRY_TILE)
-#undef FASTLORA_TRY_TILE
-  check(false, "lora_sm90: no kernel has the tile ", config.block_m, "x", config.block_n);
+  const bool narrow = ranks_at_a_time(params.gemm.rank) == 16;
+  const bool drops = params.rng_state != nullptr;
+  const auto of_type = [&](auto zero) {
+    using T = decltype(zero);
+    using Wide = sm90::Tile<128, 256>;
+    using High = sm90::Tile<256, 128>;
+    if (drops) return run(narrow ? launch<T, Wide, 16, true> : launch<T, Wide, 64, true>);
+    if (config.block_m == 128) {
+      return run(narrow ? launch<T, Wide, 16, false> : launch<T, Wide, 64, false>);
+    }
+    run(narrow ? launch<T, High, 16, false> : launch<T, High, 64, false>);
+  };
+  if (params.gemm.half) return of_type(__half{});
+  of_type(__nv_bfloat16{});
 }
 
 }  // namespace fastlora

@@ -19,8 +19,10 @@
 namespace fastlora::sm90 {
 
 constexpr int kOnesBytes = 512;
-constexpr int kLoraProducerRegisters = 56;  // 56 + 2 * 224 = 3 * 168
-constexpr int kLoraConsumerRegisters = 224;
+template <bool kDrop>  // the mask's makers need more: 88 + 2 * 208 = 56 + 2 * 224 = 3 * 168
+constexpr int kLoraProducerRegisters = kDrop ? 88 : 56;
+template <bool kDrop>
+constexpr int kLoraConsumerRegisters = kDrop ? 208 : 224;
 template <class Tile>
 constexpr int kLoraSharedBytes = Tile::kSharedBytes + kQueueBytes + kOnesBytes;
 
@@ -85,42 +87,65 @@ __device__ __forceinline__ void produce_items(const LoraMaps& maps, const LoraAr
   }
 }
 
-template <class T, class Tile, int kN, bool kBackward>
+template <class T, class Tile, int kN, bool kBackward, bool kDrop>
 __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraArgs& args,
                                               uint32_t base, uint32_t queue_base, uint32_t ones,
                                               int cta, int consumer_warp, int lane) {
   Consumer<T, Tile, kBackward, false> consumer(maps.gemm, args.gemm, base, consumer_warp, lane);
   ItemQueue queue{queue_base};
+  [[maybe_unused]] bool words_made = false;  // all of the mask
   while (true) {
     const Item item = queue.template next<true>();
     if (item.job == Job::kEnd) break;
     if (item.job == Job::kTile) {
+      if constexpr (kDrop) consumer.forget();
       int row = item.at, col = item.next;
       shift_tile<Tile>(args.gemm, cta, row, col);
       row += consumer.part_row();
       col += consumer.part_col();
-      uint32_t bias[Tile::kGroupN / 8];
-      load_bias(bias, args.gemm, col + lane % 4 * 2);
-      consumer.base_steps(false);
-      consumer.rank_steps(true);
-      consumer.finish();
-      consumer.store(bias, row, col);
+      uint32_t bias[Tile::kGroupN / 8] = {};  // dX has none
+      if constexpr (!kBackward) load_bias(bias, args.gemm, col + lane % 4 * 2);
+      if constexpr (kDrop && kBackward) {
+        MaskBits<Tile> mask;
+        const int mask_row = row + consumer.warp * 16 + lane / 4;
+        words_made = words_made || all_words_are_there(args);
+        const bool loaded = words_made && consumer.base_steps_with(mask, mask_row, col);
+        if (!words_made) consumer.base_steps(false);
+        consumer.finish();
+        if (!loaded) {
+          wait_words(args, row, row + 1, lane);
+          mask.load(args.gemm, mask_row, col, lane);
+        }
+        mbarrier_wait(consumer.ring.full(), consumer.ring.phase);
+        consumer.store(bias, row, col, [&](int j, int slab_column, float (&low)[32]) {
+          consumer.masked_rank(low, mask, j, slab_column);
+        });
+        consumer.ring.advance();
+        consumer.release(consumer.ring.previous_empty());
+      } else {
+        consumer.base_steps(false);
+        consumer.rank_steps(true);
+        consumer.finish();
+        consumer.store(bias, row, col);
+      }
     } else if (item.job == Job::kDown) {
-      down_item<T, kN, kBackward>(args, item, cta, consumer);
+      down_item<T, kN, kBackward, kDrop>(args, item, cta, consumer);
     } else if (item.job == Job::kCast) {
       cast_item<T>(args, item.at, cta, consumer_warp, lane);
     } else if constexpr (kBackward) {
       if (args.wgrad[item.product].bias != nullptr && item.rank_block == 0) {
-        wgrad_item<T, kN, true>(args, item, cta, ones, consumer);
+        wgrad_item<T, kN, true, false>(args, item, cta, ones, consumer);
+      } else if (kDrop && item.product == 1) {
+        wgrad_item<T, kN, false, kDrop>(args, item, cta, ones, consumer);
       } else {
-        wgrad_item<T, kN, false>(args, item, cta, ones, consumer);
+        wgrad_item<T, kN, false, false>(args, item, cta, ones, consumer);
       }
     }
   }
   if (lane == 0) tma_wait<0>();
 }
 
-template <class T, class Tile, int kN, bool kBackward>
+template <class T, class Tile, int kN, bool kBackward, bool kDrop>
 __global__ void __launch_bounds__(kThreads, 1)
     lora_kernel(const __grid_constant__ LoraMaps maps, const __grid_constant__ LoraArgs args) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -138,13 +163,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   start_ring<Tile>(base, cluster, maps.gemm, [&] { ItemQueue{queue}.init(cluster); });
 
   if (warp < 4) {
-    registers_decrease<kLoraProducerRegisters>();
+    registers_decrease<kLoraProducerRegisters<kDrop>>();
     if (warp == 0 && lane == 0) {
       produce_items<Tile, kN, kBackward>(maps, args, base, queue, cta);
+    } else if (kDrop && warp > 0) {
+      make_words(args, lane);
     }
   } else {
-    registers_increase<kLoraConsumerRegisters>();
-    consume_items<T, Tile, kN, kBackward>(maps, args, base, queue, ones, cta, warp - 4, lane);
+    registers_increase<kLoraConsumerRegisters<kDrop>>();
+    consume_items<T, Tile, kN, kBackward, kDrop>(maps, args, base, queue, ones, cta, warp - 4,
+                                                 lane);
   }
   end_together(cluster);
 
@@ -154,8 +182,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   __threadfence();
   if (atomicAdd(&counters.done, 1) != gridDim.x - 1) return;
   __threadfence();
-  for (int i = 0; i < args.flags; ++i) counters.flags[i] = 0;
-  counters.arrived = counters.done = counters.cast = counters.rows = 0;
+  for (int i = 0; i < (kDrop ? 2 : 1) * args.flags; ++i) counters.flags[i] = 0;
+  counters.arrived = counters.done = counters.cast = counters.rows = counters.words = 0;
   for (uint32_t& next : counters.next) next = 0;
 }
 

@@ -29,8 +29,10 @@ struct LoraCounters {
   uint32_t done;     // CTAs that are
   uint32_t cast;     // warps that have cast their share
   uint32_t rows;     // warps that have written their rows of `down`, all together
-  uint32_t unused;
-  uint32_t flags[];  // the same for each 128 rows. Then, of the sums, their parts
+  uint32_t words;    // chunks of the mask claimed
+  // The same for each 128 rows; then, with dropout, the chunks of their mask that are made; then,
+  // of the sums, their parts.
+  uint32_t flags[];
 };
 
 struct LoraMaps {
@@ -67,9 +69,20 @@ struct LoraWgrad {
   int first_counter;
 };
 
+// The mask of x: gemm.mask are its words, [8 ceil(m / 32), gemm.mask_pitch].
+struct LoraDropout {
+  const int64_t* rng_state;
+  int64_t rng_stride;
+  uint32_t keep;
+  int calls;       // of Philox a word
+  int unit_rows;   // of words
+  int row_chunks;  // 32 words wide, of 32 rows
+};
+
 struct LoraArgs {
   GemmArgs gemm;
   LoraCounters* counters;
+  LoraDropout dropout;
   int rank_blocks;
   int flags;
   LoraCast casts[2];

@@ -13,39 +13,12 @@
 #include "gemm/sm90_consumer.cuh"
 #include "gemm/sm90_producer.cuh"
 #include "lora/sm90_shape.cuh"
+#include "lora/sm90_sync.cuh"
+#include "lora/sm90_words.cuh"
 
 namespace fastlora::sm90 {
 
 // ---- Flags and sums in global memory ------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* at) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void wait_at_least(const uint32_t* at, uint32_t value) {
-#ifdef FASTLORA_SPIN_LIMIT
-  const auto start = static_cast<uint32_t>(clock());
-  while (load_acquire(at) < value) {
-    if (static_cast<uint32_t>(clock()) - start > uint32_t{FASTLORA_SPIN_LIMIT}) __trap();
-  }
-#else
-  while (load_acquire(at) < value) {
-  }
-#endif
-}
-
-// The warp has written something that TMA will read: `at` (and `also`) count it.
-__device__ __forceinline__ void announce(uint32_t* at, uint32_t* also, int lane) {
-  fence_proxy_async_global();
-  __threadfence();
-  __syncwarp();
-  if (lane != 0) return;
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
-  if (also == nullptr) return;
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(also) : "memory");
-}
 
 // Until the casts are done (RowsWait: and `down` has written rows [first, last)), for TMA loads
 // that follow.
@@ -160,7 +133,41 @@ __device__ __forceinline__ void sum_slots(Consumer& consumer, int slots, Multipl
   }
 }
 
-template <class T, int kN, bool kBackward, class Consumer>
+// The same of a masked operand: it comes to registers, and `words` of a slot with it, which are
+// fetched two slots ahead. `fetch(words, i)`, `load(a, words, piece, wide)`, `multiply(a, narrow)`.
+template <class Words, class Consumer, class Fetch, class Load, class Multiply>
+__device__ __forceinline__ void sum_masked_slots(Consumer& consumer, int slots, Fetch fetch,
+                                                 Load load, Multiply multiply) {
+  Words even, odd;
+  fetch(even, 0);
+  fetch(odd, min(1, slots - 1));
+  const auto step = [&](Words& words, int i) {
+    const uint32_t slot = consumer.ring.x();
+    mbarrier_wait(consumer.ring.full(), consumer.ring.phase);
+    uint32_t a[2][4][4];
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+      load(a[piece], words, piece, slot + piece * kPieceBytes + consumer.group * kSlabBytes);
+    }
+    fetch(words, min(i + 2, slots - 1));  // not past what was waited for
+    wgmma_fence();
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+      multiply(a[piece], slot + kNarrowOffset + piece * kNarrowBytes);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    consumer.release(consumer.ring.empty());
+    consumer.ring.advance();
+  };
+#pragma unroll 1
+  for (int i = 0; i < slots; i += 2) {
+    step(even, i);
+    if (i + 1 < slots) step(odd, i + 1);
+  }
+}
+
+template <class T, int kN, bool kBackward, bool kDrop, class Consumer>
 __device__ __forceinline__ void down_item(const LoraArgs& args, const Item& item, int cta,
                                           Consumer& consumer) {
   const LoraDown& job = args.down;
@@ -170,16 +177,36 @@ __device__ __forceinline__ void down_item(const LoraArgs& args, const Item& item
   float acc[kN / 2];
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
-  sum_slots(consumer, slots, [&](uint32_t wide, uint32_t narrow) {
-    const uint64_t a = descriptor_k_major(wide + consumer.group * kSlabBytes);
-    const uint64_t b =
-        kBackward ? descriptor_n_major<kN>(narrow, kNarrowBytes) : descriptor_k_major(narrow);
+  const int row0 = item.at + cta * 128;
+  if constexpr (kDrop && !kBackward) {  // h = drop(x) A^T; g is of all of dY
+    wait_words(args, row0, row0 + 128, lane);
+    const int warp_row = row0 + consumer_warp * 16;
+    sum_masked_slots<RowWords>(
+        consumer, slots,
+        [&](RowWords& words, int i) { words.load(args, warp_row, (first + i) * kSlotDepth, lane); },
+        [&](uint32_t (&a)[4][4], const RowWords& words, int piece, uint32_t x) {
+          load_dropped_rows(a, x, words.word[2 * piece], words.word[2 * piece + 1], consumer.warp,
+                            lane);
+        },
+        [&](const uint32_t (&a)[4][4], uint32_t narrow) {
+          const uint64_t b = descriptor_k_major(narrow);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Wgmma<kN>::template ss<T, 0, kBackward>(
-          acc, a + i * kNextK16, b + i * (kBackward ? kNextK16NMajor<kN> : kNextK16), true);
-    }
-  });
+          for (int i = 0; i < 4; ++i) {
+            Wgmma<kN>::template rs<T, 0>(acc, a[i], b + i * kNextK16, true);
+          }
+        });
+  } else {
+    sum_slots(consumer, slots, [&](uint32_t wide, uint32_t narrow) {
+      const uint64_t a = descriptor_k_major(wide + consumer.group * kSlabBytes);
+      const uint64_t b =
+          kBackward ? descriptor_n_major<kN>(narrow, kNarrowBytes) : descriptor_k_major(narrow);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Wgmma<kN>::template ss<T, 0, kBackward>(
+            acc, a + i * kNextK16, b + i * (kBackward ? kNextK16NMajor<kN> : kNextK16), true);
+      }
+    });
+  }
   pin(acc);
 
   const int block = (item.at / kUnitRows * args.rank_blocks + item.rank_block) * 2 + cta;
@@ -188,7 +215,6 @@ __device__ __forceinline__ void down_item(const LoraArgs& args, const Item& item
     return;
   }
   const float factor = job.scaling == nullptr ? job.scale : job.scale * __ldg(job.scaling);
-  const int row0 = item.at + cta * 128;
   const int rank0 = item.rank_block * kN + lane % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -220,7 +246,7 @@ __device__ __forceinline__ void store_gradient(void* out, int64_t index, float v
 
 // The bias' gradient, where asked for, is a product with ones beside the first block of ranks:
 // 4 more values, of which the first and third are sums.
-template <class T, int kN, bool kBias, class Consumer>
+template <class T, int kN, bool kBias, bool kMasked, class Consumer>
 __device__ __forceinline__ void wgrad_item(const LoraArgs& args, const Item& item, int cta,
                                            uint32_t ones, Consumer& consumer) {
   const LoraWgrad& job = args.wgrad[item.product];
@@ -231,19 +257,41 @@ __device__ __forceinline__ void wgrad_item(const LoraArgs& args, const Item& ite
   float acc[kN / 2], bias[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[i] = 0;
-  sum_slots(consumer, slots, [&](uint32_t wide, uint32_t narrow) {
-    const uint64_t a = descriptor_mn_major(wide + consumer.group * kSlabBytes, kSlabBytes);
-    const uint64_t b = descriptor_n_major<kN>(narrow, kNarrowBytes);
+  if constexpr (kMasked) {  // dA = g^T drop(x)
+    const int column0 = item.at + cta * 128 + consumer.group * 64;
+    wait_words(args, first * kSlotDepth, (first + slots) * kSlotDepth, lane);
+    sum_masked_slots<ColumnWords>(
+        consumer, slots,
+        [&](ColumnWords& words, int i) {
+          words.load(args, (first + i) * kSlotDepth, column0, consumer.warp, lane);
+        },
+        [&](uint32_t (&a)[4][4], const ColumnWords& words, int piece, uint32_t v) {
+          const uint2 half[2][2] = {{words.word[2 * piece][0], words.word[2 * piece][1]},
+                                    {words.word[2 * piece + 1][0], words.word[2 * piece + 1][1]}};
+          load_dropped_columns(a, v, half, consumer.warp, lane);
+        },
+        [&](const uint32_t (&a)[4][4], uint32_t narrow) {
+          const uint64_t b = descriptor_n_major<kN>(narrow, kNarrowBytes);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Wgmma<kN>::template ss<T, 1, 1>(acc, a + i * kNextK16MnMajor, b + i * kNextK16NMajor<kN>,
-                                      true);
-      if constexpr (kBias) {
-        Wgmma<8>::template ss<T, 1, 0>(bias, a + i * kNextK16MnMajor, descriptor_constant(ones),
-                                       true);
+          for (int i = 0; i < 4; ++i) {
+            Wgmma<kN>::template rs<T, 1>(acc, a[i], b + i * kNextK16NMajor<kN>, true);
+          }
+        });
+  } else {
+    sum_slots(consumer, slots, [&](uint32_t wide, uint32_t narrow) {
+      const uint64_t a = descriptor_mn_major(wide + consumer.group * kSlabBytes, kSlabBytes);
+      const uint64_t b = descriptor_n_major<kN>(narrow, kNarrowBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Wgmma<kN>::template ss<T, 1, 1>(acc, a + i * kNextK16MnMajor, b + i * kNextK16NMajor<kN>,
+                                        true);
+        if constexpr (kBias) {
+          Wgmma<8>::template ss<T, 1, 0>(bias, a + i * kNextK16MnMajor, descriptor_constant(ones),
+                                         true);
+        }
       }
-    }
-  });
+    });
+  }
   pin(acc);
   pin(bias);
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._counters import count
+from ..rng import KEEP_ALL
 from .support import Fit
 
 
@@ -76,6 +77,16 @@ def _bias_like(bias: Tensor | None, x: Tensor) -> Tensor | None:
 # ---- csrc/lora: a linear with everything low-rank around it, in one launch a direction -----------------------
 
 
+def _lora_slower(m: int, columns: int, backward: bool, drops: bool) -> str | None:
+    """Where the ops one by one were measured faster (benchmarks/NOTES.md)."""
+    tiles = -(-m // 256) * -(-columns // 256)  # for 66 pairs of SMs
+    if tiles < 48 or 58 < tiles < 100:
+        return "with this few tiles, and no SMs that would be idle, the ops one by one are faster"
+    if drops and (not backward or tiles < 300):
+        return "with dropout the ops one by one are faster here"
+    return None
+
+
 def lora_fit(
     x: Tensor,
     w: Tensor,
@@ -83,24 +94,20 @@ def lora_fit(
     b: Tensor,
     rng_state: Tensor | None,
     *,
+    backward: bool = False,
     h: Tensor | None = None,
     saved_x: Tensor | None = None,
 ) -> Fit:
-    """How a linear suits csrc/lora/sm90.cu. In backward ``x`` is dY, and ``saved_x`` and h are there if asked for."""
+    """How a linear suits csrc/lora/sm90.cu. Backward ``x`` is dY, and ``saved_x`` and h are there if asked for."""
     n, k = w.shape
     m, r = x.shape[0], a.shape[0]
-    if rng_state is not None:
-        return Fit("it makes no dropout masks yet")
+    if rng_state is not None and r > 64:
+        return Fit(f"takes ranks up to 64 with dropout, got {r}")
     if m == 0 or n % 8 or k % 8 or r % 8 or not n * k * r or max(m, n, k) > 2**31 - 1024:
         return Fit(
             f"needs rows, N, K and ranks in multiples of 8, and sizes below 2^31, got {(m, n, k, r)}"
         )
-    tiles = -(-m // 256) * -(
-        -(n + k - x.shape[1]) // 256
-    )  # on 66 pairs of SMs (benchmarks/NOTES.md)
-    slower = None
-    if tiles < 48 or 58 < tiles < 100:
-        slower = "with this few tiles, and no SMs that would be idle, the ops one by one are faster"
+    slower = _lora_slower(m, k if backward else n, backward, rng_state is not None)
     tensors = [t for t in (x, w, a, b, h, saved_x) if t is not None]
     if (
         all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
@@ -135,12 +142,15 @@ def lora_forward(
     bias: Tensor | None,
     scaling: Tensor | None,
     scale: float,
+    rng_state: Tensor | None = None,
+    keep: int = KEEP_ALL,
     config: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, h) in one launch. ``config`` as in ``gemm``."""
     count("lora_forward", "cuda")
     run = torch.ops.fastlora._lora_forward_sm90
-    y, h = run(x, w, a, b, _bias_like(bias, x), _float32(scaling), scale, config)
+    bias = _bias_like(bias, x)
+    y, h = run(x, w, a, b, bias, _float32(scaling), scale, rng_state, keep, config)
     return y, h
 
 
@@ -154,13 +164,16 @@ def lora_backward(
     scaling: Tensor | None,
     scale: float,
     dtype_bias: torch.dtype | None,
+    rng_state: Tensor | None = None,
+    keep: int = KEEP_ALL,
     config: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dX, dA, dB, dbias) in one launch; shape [0] without x, without h, without a dtype."""
     count("lora_backward", "cuda")
     wide = dtype_bias is not None and dtype_bias != dy.dtype  # rounded once, from fp32
     run = torch.ops.fastlora._lora_backward_sm90
+    biased = dtype_bias is not None
     dx, d_a, d_b, d_bias = run(
-        dy, w, a, b, x, h, _float32(scaling), scale, dtype_bias is not None, wide, config
+        dy, w, a, b, x, h, _float32(scaling), scale, rng_state, keep, biased, wide, config
     )
     return dx, d_a, d_b, d_bias if dtype_bias is None else d_bias.to(dtype_bias)

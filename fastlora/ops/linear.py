@@ -50,7 +50,7 @@ def _forward(
     keep: int,
 ) -> tuple[Tensor, Tensor]:
     if _fuses(x, a.shape[0], lambda: cuda_backend.lora_fit(x, w, a, b, rng_state)):
-        return cuda_backend.lora_forward(x, w, a, b, bias, scaling, scale)
+        return cuda_backend.lora_forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
     h, _ = raw.down(x, a, scaling, scale, rng_state, keep, 0)
     return raw.gemm(x, w, h, b, bias), h
 
@@ -76,10 +76,12 @@ def _backward(
         def fit() -> support.Fit:
             if h is None and dtype_bias is not None:
                 return support.Fit("the bias' gradient rides on dB, which is not asked for")
-            return cuda_backend.lora_fit(dy, w, a, b, rng_state, h=h, saved_x=x)
+            return cuda_backend.lora_fit(dy, w, a, b, rng_state, backward=True, h=h, saved_x=x)
 
         if _fuses(dy, a.shape[0], fit):
-            return cuda_backend.lora_backward(dy, w, a, b, x, h, scaling, scale, dtype_bias)
+            return cuda_backend.lora_backward(
+                dy, w, a, b, x, h, scaling, scale, dtype_bias, rng_state, keep
+            )
 
     nothing = dy.new_empty(0)
     g = words = None

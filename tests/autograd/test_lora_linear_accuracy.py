@@ -141,7 +141,7 @@ def fused_cases() -> list[dict]:
         **AXES,
         "rank": (8, 16, 24, 64, 128, 512),
         "layout": ("contiguous", "every_other_row"),
-        "dropout": (0.0,),
+        "dropout": (0.0, 0.1),
         "grad": ("ones", "random"),
         "need": ("all", "x", "x+a"),
     }
@@ -155,7 +155,7 @@ def test_matrix_of_the_fused_kernel(device, case):
     if reason is not None:
         pytest.skip(reason)
     rides_on_d_b = case["bias"] != "trained" or case["need"] == "all"
-    strict = case["rows"] > 0 and rides_on_d_b
+    strict = case["rows"] > 0 and rides_on_d_b and (case["dropout"] == 0 or case["rank"] <= 64)
     with fastlora.backend("cuda", strict=strict):
         check(case, device)
     if strict:

@@ -26,8 +26,9 @@ def run(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
         mask = None if drop is None else words
         ops._gemm_sm90(dy, w.t(), g, a.to(BF16).t(), None, mask, None)
         ops._wgrad_sm90(x, g, dy, h, mask, r, wide, wide, True)
-    _, h = ops._lora_forward_sm90(x, w, a, b, bias, None, 0.5, None)
-    ops._lora_backward_sm90(dy, w, a, b, x, h, None, 0.5, True, True, None)
+    for drop in (None, state) if r <= 64 else (None,):
+        _, h = ops._lora_forward_sm90(x, w, a, b, bias, None, 0.5, drop, KEEP, None)
+        ops._lora_backward_sm90(dy, w, a, b, x, h, None, 0.5, drop, KEEP, True, True, None)
 
 
 if __name__ == "__main__":
