@@ -8,8 +8,10 @@
 // after everything else of it was loaded.
 //
 // Threads and the ring as in the GEMM; skinny items go through the same ring (sm90_skinny.cuh).
-// Takes: m >= 1; n, k and rank multiples of 8, rank up to 512; kN, 16 or 64, ranks at a time.
-// Shared memory: the GEMM's, the queue's 128 bytes, 512 bytes of ones.
+// With dropout the three warps beside the producer make the mask of x (sm90_words.cuh); it is
+// applied to x on its way to h and dA, and to g A before dX is stored. Takes: m >= 1; n, k and rank
+// multiples of 8, rank up to 512 (64 with dropout); kN, 16 or 64, ranks at a time. Shared memory:
+// the GEMM's, the queue's 128 bytes, 512 bytes of ones.
 #pragma once
 
 #include "gemm/sm90_kernel.cuh"
