@@ -138,6 +138,7 @@ struct Call {
     GemmConfig chosen;
     if (config.has_value()) {
       const TileConfig tile = TileConfig::from_list(*config);
+      check(tile.split_k == 1, "_lora_sm90: split_k must be 1, got ", tile.split_k);
       chosen = {tile.block_m, tile.block_n, tile.cluster_m, tile.cluster_n, tile.group_m};
     } else {
       chosen = planned(
@@ -148,11 +149,17 @@ struct Call {
     chosen.num_sms = num_sms;
     const LoraSizes sizes = lora_sm90_sizes(params, chosen);
     const Tensor workspace = new_empty({sizes.workspace_bytes}, ScalarType::Byte, x);
-    const Tensor counters = zero_counters(sizes.counters, x.device(), stream);
+    Tensor counters = workspace;  // alive until the launch
+    if (is_capturing(stream)) {
+      counters = new_empty({sizes.counters}, ScalarType::Int, x);
+      params.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
+      zero_async(params.counters, sizes.counters * 4, stream);
+    } else {
+      params.counters = zeros_of_stream(device, stream, sizes.counters);
+    }
     const Tensor words = new_empty({sizes.words}, ScalarType::Int, x);
     params.words = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
     params.workspace = workspace.mutable_data_ptr();
-    params.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
     lora_sm90(params, chosen, stream);
   }
 };

@@ -17,7 +17,7 @@ namespace fastlora {
 
 struct LoraParams {
   // x, w, h, l, y as the product names them: backward x is dY, h is g, l is A and y is dX. h is
-  // written, without a gap between rows; l is read in the type of x, where `l_cast` may leave it.
+  // written, without a gap between rows; l is read in the type of x, where a cast may leave it.
   // m, n, k and rank multiples of 8 (m: any), rank 8 .. 512.
   GemmParams gemm;
 

@@ -1,4 +1,8 @@
 // Launches the kernel of sm90_kernel.cuh: how its work is cut, and which instance to run.
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "common/philox.cuh"
 #include "gemm/sm90_launch.cuh"
 #include "lora/lora.h"
@@ -201,6 +205,27 @@ bool is_capturing(CUstream_st* stream) {
 
 void zero_async(void* data, int64_t bytes, CUstream_st* stream) {
   check_cuda(cudaMemsetAsync(data, 0, bytes, stream), "cudaMemsetAsync");
+}
+
+uint32_t* zeros_of_stream(int device, CUstream_st* stream, int64_t count) {
+  struct Zeros {
+    uint32_t* data = nullptr;
+    int64_t count = 0;
+  };
+  static std::mutex mutex;
+  static auto& known = *new std::map<std::pair<int, CUstream_st*>, Zeros>;  // never destroyed
+  const std::lock_guard<std::mutex> lock(mutex);
+  Zeros& zeros = known[{device, stream}];
+  if (zeros.count >= count) return zeros.data;
+  Zeros grown;
+  grown.count = std::max<int64_t>(8192, 2 * count);
+  void* data = nullptr;
+  check_cuda(cudaMallocAsync(&data, grown.count * 4, stream), "cudaMallocAsync");
+  grown.data = static_cast<uint32_t*>(data);
+  zero_async(grown.data, grown.count * 4, stream);
+  if (zeros.data != nullptr) check_cuda(cudaFreeAsync(zeros.data, stream), "cudaFreeAsync");
+  zeros = grown;
+  return zeros.data;
 }
 
 LoraSizes lora_sm90_sizes(const LoraParams& params, const GemmConfig& config) {

@@ -73,13 +73,17 @@ struct Claims {
   bool helper = false;
   bool left[3] = {true, true, true};
 
+  // The clusters that arrive first; never more than there are.
+  __device__ __forceinline__ int helpers() const {
+    return min(args.helpers, static_cast<int>(gridDim.x / 2));
+  }
+
   // The number of the next item of a kind, or -1.
   __device__ __forceinline__ int claim(Kind kind) {
     if (!left[kind]) return -1;
-    // Clusters have brought one each when they arrived.
-    const int brought = kind == kEarly   ? args.helpers
-                        : kind == kTiles ? static_cast<int>(gridDim.x / 2) - args.helpers
-                                         : 0;
+    // A cluster that is no helper has brought a tile when it arrived. Early items are never
+    // anybody's before they are claimed: tiles wait for them, and clusters may be late.
+    const int brought = kind == kTiles ? static_cast<int>(gridDim.x / 2) - helpers() : 0;
     return number(kind, brought + static_cast<int>(atomicAdd(&args.counters->next[kind], 1)));
   }
 
@@ -90,11 +94,10 @@ struct Claims {
     return index + args.limits[kEarly] + (kind == kTiles ? args.limits[kLate] : 0);
   }
 
-  // The clusters that arrive first are helpers, and each arrival brings an item.
   __device__ __forceinline__ int first() {
     const int arrival = static_cast<int>(atomicAdd(&args.counters->arrived, 1));
-    helper = arrival < args.helpers;
-    const int item = helper ? number(kEarly, arrival) : number(kTiles, arrival - args.helpers);
+    helper = arrival < helpers();
+    const int item = helper ? -1 : number(kTiles, arrival - helpers());
     return item >= 0 ? item : next();
   }
 

@@ -25,7 +25,7 @@ constexpr int kCastElements = 8192;   // of an item: 512 a warp
 // All zero before and after every launch.
 struct LoraCounters {
   uint32_t arrived;  // clusters that have started
-  uint32_t next[3];  // claimed of early items, tiles and late items, beyond those of the arrivals
+  uint32_t next[3];  // claimed of early items, of tiles beyond those of the arrivals, of late items
   uint32_t done;     // CTAs that are
   uint32_t cast;     // warps that have cast their share
   uint32_t rows;     // warps that have written their rows of `down`, all together

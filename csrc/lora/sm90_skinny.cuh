@@ -3,7 +3,7 @@
 //
 //   down   h [128 rows, kN ranks] of a CTA over a run of k: 64 rows a warpgroup
 //   wgrad  [128 columns, kN ranks] over a run of rows: 64 columns a warpgroup; v^T comes from
-//          shared memory as it is, the tensor cores read it the other way
+//          shared memory as it is, the tensor cores read it the other way (a masked v by registers)
 //
 // A slot of the ring holds two pieces, 64 deep, of the wide operand (128 x 64, 16 KiB each) and of
 // the narrow one (64 x kN).

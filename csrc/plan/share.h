@@ -8,7 +8,7 @@ namespace fastlora {
 
 // Passes over activations, in elements of 16 bits; `wgrad` may be none.
 struct LinearWork {
-  int clusters;        // pairs of SMs that run at once
+  int clusters;        // pairs of SMs
   int64_t tiles;       // of 256 x 256, a cluster's
   int64_t k;           // depth of a tile, the rank with it
   int64_t row_groups;  // tiles are walked in so many groups of rows

@@ -94,6 +94,7 @@ def explain(layer: Any, x: Tensor) -> str:
                     lora_a,
                     lora_b,
                     state,
+                    backward=True,
                     h=saved_h,
                     saved_x=flat,
                 ),
@@ -122,9 +123,7 @@ def explain(layer: Any, x: Tensor) -> str:
         lines.append(_line("gemm", formula, x, rank, backward))
         if rank:
             lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
-    reason = whole["y"] or whole["dX"]
-    if reason:
-        lines.append(f"  not in one launch: {reason}")
+    lines += [f"  {name} is not one launch: {why}" for name, why in whole.items() if why]
     return "\n".join(lines)
 
 
