@@ -34,17 +34,7 @@ void launch(const GemmMaps& maps, const GemmArgs& args, const GemmParams& params
 
 }  // namespace
 
-int multiprocessors(int device) {
-  static std::array<std::atomic<int>, 64> known{};
-  std::atomic<int>& entry = known[device % known.size()];
-  if (entry.load() == 0) {
-    int count = 0;
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
-    entry.store(count);
-  }
-  return entry.load();
-}
+int multiprocessors(int device) { return multiprocessors_of(device); }
 
 void gemm_sm90(const GemmParams& params, const GemmConfig& config, CUstream_st* stream) {
   sm90::check_gemm(params, config);

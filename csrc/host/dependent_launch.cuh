@@ -16,10 +16,9 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fastlora: ") + what + ": " + cudaGetErrorString(error));
 }
 
-inline int current_multiprocessors() {
+// SMs of a device, asked once.
+inline int multiprocessors_of(int device) {
   static std::array<std::atomic<int>, 64> known{};
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   std::atomic<int>& entry = known[device % known.size()];
   if (entry.load() == 0) {
     int count = 0;
@@ -28,6 +27,12 @@ inline int current_multiprocessors() {
     entry.store(count);
   }
   return entry.load();
+}
+
+inline int current_multiprocessors() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return multiprocessors_of(device);
 }
 
 struct DependentLaunch {

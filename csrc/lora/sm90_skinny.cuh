@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/sm90/narrow.cuh"
+#include "common/sm90/store_as.cuh"
 #include "gemm/sm90_consumer.cuh"
 #include "gemm/sm90_producer.cuh"
 #include "lora/sm90_shape.cuh"
@@ -234,16 +235,6 @@ __device__ __forceinline__ void down_item(const LoraArgs& args, const Item& item
   }
 }
 
-__device__ __forceinline__ void store_gradient(void* out, int64_t index, float value, int type) {
-  if (type == 0) {
-    static_cast<float*>(out)[index] = value;
-  } else if (type == 1) {
-    static_cast<__nv_bfloat16*>(out)[index] = __float2bfloat16_rn(value);
-  } else {
-    static_cast<__half*>(out)[index] = __float2half_rn(value);
-  }
-}
-
 // The bias' gradient, where asked for, is a product with ones beside the first block of ranks:
 // 4 more values, of which the first and third are sums.
 template <class T, int kN, bool kBias, bool kMasked, class Consumer>
@@ -314,12 +305,12 @@ __device__ __forceinline__ void wgrad_item(const LoraArgs& args, const Item& ite
       const int rank = rank0 + j * 8;
       if (rank >= args.gemm.rank) continue;
       const int64_t at = column * job.stride_column + rank * job.stride_rank;
-      store_gradient(job.out, at, all[4 * j + 2 * half], job.type);
-      store_gradient(job.out, at + job.stride_rank, all[4 * j + 2 * half + 1], job.type);
+      store_as(job.out, at, all[4 * j + 2 * half], job.type);
+      store_as(job.out, at + job.stride_rank, all[4 * j + 2 * half + 1], job.type);
     }
     if constexpr (kBias) {
       if (lane % 4 == 0) {
-        store_gradient(job.bias, column, all[kN / 2 + 2 * half], job.bias_type);
+        store_as(job.bias, column, all[kN / 2 + 2 * half], job.bias_type);
       }
     }
   }

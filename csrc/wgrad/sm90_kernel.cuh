@@ -30,6 +30,7 @@
 #include "common/sm90/mbarrier.cuh"
 #include "common/sm90/narrow.cuh"
 #include "common/sm90/pdl.cuh"
+#include "common/sm90/store_as.cuh"
 #include "common/sm90/tma.cuh"
 #include "common/sm90/wgmma.cuh"
 
@@ -220,16 +221,6 @@ __device__ __forceinline__ void sum_rows(const WgradArgs& args, const WgradProdu
   }
   pin(acc);
   pin(bias);
-}
-
-__device__ __forceinline__ void store_as(void* out, int64_t index, float value, int type) {
-  if (type == 0) {
-    static_cast<float*>(out)[index] = value;
-  } else if (type == 1) {
-    static_cast<__nv_bfloat16*>(out)[index] = __float2bfloat16_rn(value);
-  } else {
-    static_cast<__half*>(out)[index] = __float2half_rn(value);
-  }
 }
 
 // Of indices that are even.
