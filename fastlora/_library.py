@@ -35,7 +35,7 @@ class Status:
     reason: str
 
 
-ABI = 3  # what the library's ops take and mean; CMakeLists.txt has the same number
+ABI = 4  # what the library's ops take and mean; CMakeLists.txt has the same number
 
 _lock = threading.Lock()
 _status: Status | None = None
@@ -156,6 +156,7 @@ def _load() -> Status:
     torch.library.register_fake("fastlora::_down_sm90", _fake_down)
     torch.library.register_fake("fastlora::_wgrad_sm90", _fake_wgrad)
     torch.library.register_fake("fastlora::_lora_forward_sm90", _fake_lora_forward)
+    torch.library.register_fake("fastlora::_lora_few_sm90", _fake_lora_forward)
     torch.library.register_fake("fastlora::_lora_backward_sm90", _fake_lora_backward)
     return Status(True, path, "")
 

@@ -52,3 +52,20 @@ def strict_backend(request: pytest.FixtureRequest, device: torch.device):  # typ
         yield name
     ran = {backend for _, backend in fastlora.launches()}
     assert ran <= {name}, f"asked for {name} strictly, but {ran} ran"
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def whole_backend(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    """Run a GPU test once per backend whose kernels are ours; `cuda` as one launch a direction (csrc/lora)."""
+    name = request.param
+    reason = fastlora.ops.support.miss(
+        "lora" if name == "cuda" else "gemm", name, torch.device("cuda", 0), torch.bfloat16, 16
+    )
+    if reason is not None:
+        pytest.skip(reason)
+    with fastlora.backend(name, strict=True):
+        yield name
+    launched = fastlora.launches()
+    assert {backend for _, backend in launched} <= {name}, launched
+    if name == "cuda":
+        assert {op for op, _ in launched} <= {"lora_forward", "lora_backward", "mask"}, launched

@@ -5,6 +5,7 @@
 
 #include <sstream>
 
+#include "plan/few.h"
 #include "plan/plan.h"
 #include "plan/share.h"
 
@@ -91,5 +92,19 @@ PYBIND11_MODULE(_core, m) {
   m.def("share_work", &share_work, py::arg("work"), "The share predicted to be the fastest.");
   m.def("estimate", py::overload_cast<const LinearWork&, const Share&>(&estimate), py::arg("work"),
         py::arg("share"), "Predicted us on an H200.");
+  py::class_<FewWork>(m, "FewWork", "A linear of few rows.")
+      .def(py::init([](int64_t m, int64_t n, int64_t k, int64_t rank, int num_sms) {
+             return FewWork{m, n, k, rank, num_sms};
+           }),
+           py::arg("m"), py::arg("n"), py::arg("k"), py::arg("rank") = 16,
+           py::arg("num_sms") = 132);
+  py::class_<FewConfig>(m, "FewConfig", "How it is cut; ops take the three as a list.")
+      .def(py::init<int, int, int>(), py::arg("columns"), py::arg("cluster_m"), py::arg("splits"))
+      .def_readonly("columns", &FewConfig::columns)
+      .def_readonly("cluster_m", &FewConfig::cluster_m)
+      .def_readonly("splits", &FewConfig::splits);
+  m.def("plan_few", &plan_few, py::arg("work"), "The configuration predicted to be the fastest.");
+  m.def("estimate", py::overload_cast<const FewWork&, const FewConfig&>(&estimate), py::arg("work"),
+        py::arg("config"), "Predicted us on an H200.");
   m.def("build_info", &build_info, "How this binary was built.");
 }

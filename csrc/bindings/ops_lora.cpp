@@ -1,18 +1,13 @@
 // fastlora::_lora_forward_sm90 and _lora_backward_sm90: checks, allocation, plan, launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "bindings/gemm_plan.h"
-#include "common/index.cuh"
+#include "bindings/tensors.h"
 #include "common/philox.cuh"
-#include "host/check.h"
 #include "host/counters.h"
 #include "host/stream.h"
 #include "lora/lora.h"
@@ -24,21 +19,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalConfig = std::optional<std::vector<int64_t>>;
-
-Tensor new_empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like) {
-  return torch::stable::empty({size.begin(), size.size()}, type, std::nullopt, like.device());
-}
-
-// Pitch of a [rows, cols] matrix with contiguous rows, of `like`'s dtype and device.
-int64_t pitch_of(const char* name, const Tensor& t, int64_t rows, int64_t cols,
-                 const Tensor& like) {
-  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols &&
-            t.scalar_type() == like.scalar_type() &&
-            t.get_device_index() == like.get_device_index(),
-        "_lora_sm90: ", name, " must be [", rows, ", ", cols, "] of x's dtype and device");
-  check(t.stride(1) == 1 || cols == 1, "_lora_sm90: ", name, " must have contiguous rows");
-  return rows == 1 ? ceil_div(cols, 8) * 8 : t.stride(0);
-}
 
 GradType grad_type(ScalarType type) {
   return type == ScalarType::Float  ? GradType::kFloat32
@@ -88,15 +68,15 @@ struct Call {
     gemm.half = x.scalar_type() == ScalarType::Half;
     gemm.w_mn_major = backward;
     check(gemm.m > 0 && gemm.n > 0 && gemm.k > 0, "_lora_sm90: nothing may be empty");
-    gemm.x_pitch = pitch_of(backward ? "dy" : "x", x, gemm.m, gemm.k, x);
+    gemm.x_pitch = pitch_of("_lora_sm90", backward ? "dy" : "x", x, gemm.m, gemm.k, x);
     gemm.x = x.const_data_ptr();
-    gemm.w_pitch = pitch_of("w", w, w.size(0), w.size(1), x);
+    gemm.w_pitch = pitch_of("_lora_sm90", "w", w, w.size(0), w.size(1), x);
     gemm.w = w.const_data_ptr();
     const int64_t in = w.size(1), out = w.size(0);
     const Tensor a_read = factor_of("lora_A", a, gemm.rank, in, x, params.casts[0]);
     const Tensor b_read = factor_of("lora_B", b, out, gemm.rank, x, params.casts[1]);
-    const int64_t a_pitch = pitch_of("lora_A", a_read, gemm.rank, in, x);
-    const int64_t b_pitch = pitch_of("lora_B", b_read, out, gemm.rank, x);
+    const int64_t a_pitch = pitch_of("_lora_sm90", "lora_A", a_read, gemm.rank, in, x);
+    const int64_t b_pitch = pitch_of("_lora_sm90", "lora_B", b_read, out, gemm.rank, x);
     first = backward ? b_read : a_read;
     second = backward ? a_read : b_read;
     params.factor = first.const_data_ptr();
@@ -196,14 +176,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor none = new_empty({0}, dy.scalar_type(), dy);
   Tensor d_a = none, d_b = none, d_bias = none;
   if (x.has_value()) {
-    params.x_pitch = pitch_of("x", *x, m, in, dy);
+    params.x_pitch = pitch_of("_lora_sm90", "x", *x, m, in, dy);
     params.x = x->const_data_ptr();
     d_a = new_empty({rank, in}, a.scalar_type(), dy);
     params.d_a = d_a.mutable_data_ptr();
     params.type_a = grad_type(a.scalar_type());
   }
   if (h.has_value()) {
-    params.h_pitch = pitch_of("h", *h, m, rank, dy);
+    params.h_pitch = pitch_of("_lora_sm90", "h", *h, m, rank, dy);
     params.h = h->const_data_ptr();
     d_b = new_empty({out, rank}, b.scalar_type(), dy);
     params.d_b = d_b.mutable_data_ptr();

@@ -1,17 +1,12 @@
 // fastlora::_down_sm90 and _wgrad_sm90: checks, allocation, launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
 #include <tuple>
 
-#include "common/index.cuh"
+#include "bindings/tensors.h"
 #include "common/philox.cuh"
 #include "down/down.h"
-#include "host/check.h"
 #include "host/stream.h"
 #include "wgrad/wgrad.h"
 
@@ -21,10 +16,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-Tensor new_empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like) {
-  return torch::stable::empty({size.begin(), size.size()}, type, std::nullopt, like.device());
-}
 
 // The pitch of a matrix with contiguous rows; a single row's is whatever is legal.
 int64_t pitch_of(const char* name, const Tensor& t, const Tensor& like) {

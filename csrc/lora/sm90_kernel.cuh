@@ -110,7 +110,7 @@ __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraAr
       if constexpr (kDrop && kBackward) {
         MaskBits<Tile> mask;
         const int mask_row = row + consumer.warp * 16 + lane / 4;
-        words_made = words_made || all_words_are_there(args);
+        words_made = words_made || all_words_are_there(args, consumer.group);
         const bool loaded = words_made && consumer.base_steps_with(mask, mask_row, col);
         if (!words_made) consumer.base_steps(false);
         consumer.finish();

@@ -60,7 +60,8 @@ struct ItemQueue {
                  : "r"(item())
                  : "memory");
     if constexpr (kWarp) __syncwarp();
-    if (!kWarp || threadIdx.x % 32 == 0) mbarrier_arrive_remote(empty(), 0);
+    // The address depends on what was read: the arrival must not overtake the read.
+    if (!kWarp || threadIdx.x % 32 == 0) mbarrier_arrive_remote(empty() + (last >> 31), 0);
     ++turn;
     return {static_cast<Job>(job), at, next, last / 2, last % 2};
   }

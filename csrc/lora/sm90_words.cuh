@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/philox_parts.cuh"
+#include "common/sm90/cluster.cuh"
 #include "lora/sm90_shape.cuh"
 #include "lora/sm90_sync.cuh"
 
@@ -52,13 +53,14 @@ __device__ __forceinline__ const uint32_t* words_flag(const LoraArgs& args, int 
 __device__ __forceinline__ uint32_t all_chunks(const LoraArgs& args, int flag) {
   return min(4, args.dropout.unit_rows / 8 - flag * 4) * args.dropout.row_chunks;
 }
-// Whether all of the mask is made. By whole warps.
-__device__ __forceinline__ bool all_words_are_there(const LoraArgs& args) {
+// Whether all of the mask is made: one answer for a warpgroup (0 or 1), whose warps go on to the
+// same wgmma instructions, as they must.
+__device__ __forceinline__ bool all_words_are_there(const LoraArgs& args, int group) {
   bool there = true;
   for (int flag = static_cast<int>(threadIdx.x % 32); flag < args.flags; flag += 32) {
     there = there && load_acquire(words_flag(args, flag * 128)) == all_chunks(args, flag);
   }
-  return __all_sync(0xFFFFFFFF, there);
+  return named_barrier_all(1 + group, 128, there);
 }
 // By whole warps, for rows [first, last).
 __device__ __forceinline__ void wait_words(const LoraArgs& args, int first, int last, int lane) {

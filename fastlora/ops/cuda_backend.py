@@ -75,6 +75,14 @@ def _bias_like(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 # ---- csrc/lora: a linear with everything low-rank around it, in one launch a direction -----------------------
+# csrc/few: the same forward for few rows.
+
+
+def _few(m: int, n: int, r: int, backward: bool, drops: bool) -> bool:
+    """Whether csrc/few runs this linear: what it makes of 64 rows x 128 columns fits the SMs at once, or nearly."""
+    return (
+        not backward and not drops and r <= 64 and (m <= 128 or -(-m // 64) * -(-n // 128) <= 132)
+    )
 
 
 def _lora_slower(m: int, columns: int, backward: bool, drops: bool) -> str | None:
@@ -84,6 +92,12 @@ def _lora_slower(m: int, columns: int, backward: bool, drops: bool) -> str | Non
         return "with this few tiles, and no SMs that would be idle, the ops one by one are faster"
     if drops and (not backward or tiles < 300):
         return "with dropout the ops one by one are faster here"
+    return None
+
+
+def _few_slower(a: Tensor, r: int) -> str | None:
+    if r > 16 and a.dtype == torch.float32:
+        return "rounding so many float32 ranks for every tile takes longer than the ops one by one"
     return None
 
 
@@ -98,7 +112,7 @@ def lora_fit(
     h: Tensor | None = None,
     saved_x: Tensor | None = None,
 ) -> Fit:
-    """How a linear suits csrc/lora/sm90.cu. Backward ``x`` is dY, and ``saved_x`` and h are there if asked for."""
+    """How a linear suits csrc/lora or csrc/few. Backward ``x`` is dY, and ``saved_x`` and h are there if asked for."""
     n, k = w.shape
     m, r = x.shape[0], a.shape[0]
     if rng_state is not None and r > 64:
@@ -107,7 +121,11 @@ def lora_fit(
         return Fit(
             f"needs rows, N, K and ranks in multiples of 8, and sizes below 2^31, got {(m, n, k, r)}"
         )
-    slower = _lora_slower(m, k if backward else n, backward, rng_state is not None)
+    drops = rng_state is not None
+    if _few(m, n, r, backward, drops):
+        slower = _few_slower(a, r)
+    else:
+        slower = _lora_slower(m, k if backward else n, backward, drops)
     tensors = [t for t in (x, w, a, b, h, saved_x) if t is not None]
     if (
         all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
@@ -148,8 +166,12 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, h) in one launch. ``config`` as in ``gemm``."""
     count("lora_forward", "cuda")
-    run = torch.ops.fastlora._lora_forward_sm90
     bias = _bias_like(bias, x)
+    if config is None and _few(x.shape[0], w.shape[0], a.shape[0], False, rng_state is not None):
+        few = torch.ops.fastlora._lora_few_sm90
+        y, h = few(x, w, a, b, bias, _float32(scaling), scale, None)
+        return y, h
+    run = torch.ops.fastlora._lora_forward_sm90
     y, h = run(x, w, a, b, bias, _float32(scaling), scale, rng_state, keep, config)
     return y, h
 

@@ -157,6 +157,7 @@ works = st.builds(
 )
 
 
+@hypothesis.settings(deadline=None)  # of milliseconds, where another test has the CPU
 @hypothesis.given(works)
 def test_the_best_share_can_run_and_none_is_better(work):
     best = _core.share_work(work)
@@ -195,3 +196,43 @@ def test_bad_work_is_refused():
     work = _core.LinearWork(clusters=4, tiles=1, k=64, row_groups=1, down=0)
     with pytest.raises(ValueError, match="helpers must be"):
         _core.estimate(work, _core.Share(5))
+
+
+# ---- How a linear of few rows is cut -------------------------------------------------------------------------
+
+few = st.builds(
+    _core.FewWork,
+    m=st.integers(1, 2048),
+    n=st.integers(1, 2**17),
+    k=st.integers(1, 2**17),
+    rank=st.integers(1, 64),
+    num_sms=st.integers(8, 200),
+)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(few)
+def test_the_best_cut_of_few_rows_can_run_and_none_is_better(work):
+    best = _core.plan_few(work)
+    assert best.columns in (64, 128) and best.cluster_m * best.splits <= 8
+    least = _core.estimate(work, best)
+    assert 0 < least < float("inf")
+    for columns in (64, 128):
+        for splits in (1, 2, 4, 8):
+            assert least <= _core.estimate(work, _core.FewConfig(columns, 1, splits)) + 0.06
+
+
+def test_few_rows_take_all_sms_and_share_weights():
+    def cut(m, n, k):
+        best = _core.plan_few(_core.FewWork(m, n, k))
+        return best.columns, best.cluster_m, best.splits
+
+    for m in (1, 16, 64):
+        columns, cluster_m, splits = cut(m, 4096, 4096)
+        assert 100 <= 4096 // columns * splits <= 132 and cluster_m == 1
+    assert cut(256, 4096, 4096) == (128, 2, 1)
+    assert cut(1, 14336, 4096) == (64, 1, 1)
+    with pytest.raises(ValueError, match="must be positive"):
+        _core.plan_few(_core.FewWork(0, 8, 8))
+    impossible = _core.estimate(_core.FewWork(1, 8, 64), _core.FewConfig(128, 1, 2))
+    assert impossible == float("inf")

@@ -40,15 +40,8 @@ def test_tensors_of_another_device_are_named(which):
         fastlora.lora_linear(**tensors)
 
 
-@pytest.fixture
-def strictly_triton():
-    with fastlora.backend("triton", strict=True):
-        yield
-    assert {backend for _, backend in fastlora.launches()} == {"triton"}
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("strictly_triton")
+@pytest.mark.usefixtures("whole_backend")
 def test_kernels_wait_for_the_stream_they_are_called_on():
     """x is still being made on a side stream: a launch on any other stream would read what was there before."""
     x, w, a, b = operands(1024, 512, 512, 16, BF16, "cuda")
@@ -66,7 +59,7 @@ def test_kernels_wait_for_the_stream_they_are_called_on():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("strictly_triton")
+@pytest.mark.usefixtures("whole_backend")
 def test_kernels_of_a_side_stream_do_not_wait_for_the_default_one():
     x, w, a, b = operands(256, 256, 256, 16, BF16, "cuda")
     stream, done, busy = torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
@@ -86,7 +79,7 @@ def test_kernels_of_a_side_stream_do_not_wait_for_the_default_one():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("strictly_triton")
+@pytest.mark.usefixtures("whole_backend")
 def test_a_captured_graph_holds_every_kernel():
     """A kernel that went to another stream would be missing: its output would stay as poisoned below."""
     x, w, a, b = operands(300, 256, 264, 16, BF16, "cuda")
@@ -110,7 +103,7 @@ def test_a_captured_graph_holds_every_kernel():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("strictly_triton")
+@pytest.mark.usefixtures("whole_backend")
 def test_a_thread_with_a_stream_of_its_own():
     """A fresh thread has no current device set and another stream; forward there, backward here."""
     x, w, a, b = operands(512, 256, 384, 16, BF16, "cuda")
@@ -133,7 +126,7 @@ def test_a_thread_with_a_stream_of_its_own():
 
 
 @pytest.mark.multigpu
-@pytest.mark.usefixtures("strictly_triton")
+@pytest.mark.usefixtures("whole_backend")
 def test_a_model_over_two_devices():
     """Layer by layer on cuda:0 and cuda:1, cuda:0 current throughout; the same kernels on both in turn."""
     first, second = (operands(64, 128, 128, 8, BF16, f"cuda:{i}") for i in range(2))
@@ -154,7 +147,7 @@ def test_a_model_over_two_devices():
 
 
 @pytest.mark.multigpu
-@pytest.mark.usefixtures("strictly_triton")
+@pytest.mark.usefixtures("whole_backend")
 def test_a_fresh_thread_on_the_second_device():
     failures = []
 

@@ -28,6 +28,21 @@ __device__ __forceinline__ void cluster_sync() {
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The same, and whether `value` holds for all of them: the same answer everywhere.
+__device__ __forceinline__ bool named_barrier_all(int id, int threads, bool value) {
+  int all;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, every;\n"
+      "setp.ne.b32 mine, %3, 0;\n"
+      "bar.red.and.pred every, %1, %2, mine;\n"
+      "selp.b32 %0, 1, 0, every;\n"
+      "}\n"
+      : "=r"(all)
+      : "r"(id), "r"(threads), "r"(static_cast<int>(value))
+      : "memory");
+  return all != 0;
+}
 
 // Registers a thread, by all warps of a warpgroup. A kernel starts with what its launch bounds
 // give; an increase waits until others have given up enough. Multiples of 8 in 24..256.

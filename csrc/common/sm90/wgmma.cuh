@@ -31,6 +31,14 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t shared, uint32_t leading
 __device__ __forceinline__ uint64_t descriptor_k_major(uint32_t shared) {
   return descriptor(shared, 16, 1024);
 }
+// The same of slabs kWidth k wide, 16 or 64: TMA's swizzle of 32 or 128 bytes.
+template <int kWidth>
+__device__ __forceinline__ uint64_t descriptor_k_major(uint32_t shared) {
+  static_assert(kWidth == 16 || kWidth == 64);
+  if constexpr (kWidth == 64) return descriptor_k_major(shared);
+  return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) | uint64_t{1} << 16 |
+         uint64_t{256 >> 4} << 32 | uint64_t{3} << 62;
+}
 // The next 16 k of the same slab.
 constexpr uint64_t kNextK16 = 32 >> 4;
 
@@ -82,8 +90,13 @@ struct Wgmma;
 #define FL_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FL_NAMES_16 FL_TEN("") "%10, %11, %12, %13, %14, %15"
 #define FL_NAMES_32 FL_TEN("") FL_TEN("1") FL_TEN("2") "%30, %31"
+#define FL_NAMES_40 \
+  FL_TEN("") FL_TEN("1") FL_TEN("2") "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
 #define FL_NAMES_64 \
   FL_TEN("") FL_TEN("1") FL_TEN("2") FL_TEN("3") FL_TEN("4") FL_TEN("5") "%60, %61, %62, %63"
+#define FL_NAMES_72 \
+  FL_TEN("")        \
+  FL_TEN("1") FL_TEN("2") FL_TEN("3") FL_TEN("4") FL_TEN("5") FL_TEN("6") "%70, %71"
 #define FL_NAMES_96 \
   FL_TEN("")        \
   FL_TEN("1")       \
@@ -107,7 +120,9 @@ struct Wgmma;
 #define FL_D8(i) FL_D4(i), FL_D4(i + 4)
 #define FL_D16(i) FL_D8(i), FL_D8(i + 8)
 #define FL_D32(i) FL_D16(i), FL_D16(i + 16)
+#define FL_D40(i) FL_D32(i), FL_D8(i + 32)
 #define FL_D64(i) FL_D32(i), FL_D32(i + 32)
+#define FL_D72(i) FL_D64(i), FL_D8(i + 64)
 #define FL_D96(i) FL_D64(i), FL_D32(i + 64)
 #define FL_D128(i) FL_D64(i), FL_D64(i + 64)
 
@@ -158,7 +173,9 @@ FL_WGMMA(8, 4, "4", "5", "6", "7", "8", "9", "10")
 FL_WGMMA(16, 8, "8", "9", "10", "11", "12", "13", "14")
 FL_WGMMA(32, 16, "16", "17", "18", "19", "20", "21", "22")
 FL_WGMMA(64, 32, "32", "33", "34", "35", "36", "37", "38")
+FL_WGMMA(80, 40, "40", "41", "42", "43", "44", "45", "46")
 FL_WGMMA(128, 64, "64", "65", "66", "67", "68", "69", "70")
+FL_WGMMA(144, 72, "72", "73", "74", "75", "76", "77", "78")
 FL_WGMMA(192, 96, "96", "97", "98", "99", "100", "101", "102")
 FL_WGMMA(256, 128, "128", "129", "130", "131", "132", "133", "134")
 
@@ -167,14 +184,18 @@ FL_WGMMA(256, 128, "128", "129", "130", "131", "132", "133", "134")
 #undef FL_SS
 #undef FL_D128
 #undef FL_D96
+#undef FL_D72
 #undef FL_D64
+#undef FL_D40
 #undef FL_D32
 #undef FL_D16
 #undef FL_D8
 #undef FL_D4
 #undef FL_NAMES_128
 #undef FL_NAMES_96
+#undef FL_NAMES_72
 #undef FL_NAMES_64
+#undef FL_NAMES_40
 #undef FL_NAMES_32
 #undef FL_NAMES_16
 #undef FL_NAMES_8
