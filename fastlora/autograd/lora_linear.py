@@ -50,7 +50,7 @@ class LoraLinearFunction(torch.autograd.Function):
         if low_rank:
             y, h = ops.lora_forward(
                 rows,
-                weight.to(dtype),
+                _as(weight, dtype),
                 lora_a,
                 lora_b,
                 bias,
@@ -60,7 +60,7 @@ class LoraLinearFunction(torch.autograd.Function):
                 keep,
             )
         else:
-            y = ops.gemm(rows, weight.to(dtype), None, None, bias)
+            y = ops.gemm(rows, _as(weight, dtype), None, None, bias)
 
         ctx.save_for_backward(
             x if need_a and low_rank else None,
@@ -94,7 +94,7 @@ class LoraLinearFunction(torch.autograd.Function):
         want_a, want_b = need_a and low_rank, need_b and low_rank
         dx, d_a, d_b, d_bias = ops.lora_backward(
             dy,
-            weight.to(dtype) if need_x else None,
+            _as(weight, dtype) if need_x else None,
             lora_a,
             lora_b,
             _rows(x, dtype) if want_a else None,
@@ -113,7 +113,9 @@ class LoraLinearFunction(torch.autograd.Function):
         if need_b and not want_b:
             d_b = dy.new_zeros(ctx.b_like[0], dtype=ctx.b_like[1])
         return (
-            dx.view(ctx.x_shape).to(ctx.x_dtype) if need_x else None,
+            _as(dx if len(ctx.x_shape) == 2 else dx.view(ctx.x_shape), ctx.x_dtype)
+            if need_x
+            else None,
             None,
             d_a if need_a else None,
             d_b if need_b else None,
@@ -125,11 +127,16 @@ class LoraLinearFunction(torch.autograd.Function):
         )
 
 
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), without the call where nothing is to do: on the host every call counts."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t [..., K] as [M, K]; M is spelled out, for -1 is ambiguous where K is 0."""
     if t.ndim == 2 and t.dtype == dtype:
         return t
-    return t.to(dtype).reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return _as(t, dtype).reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _split_scaling(scaling: float | Tensor, keep: int) -> tuple[float, Tensor | None]:

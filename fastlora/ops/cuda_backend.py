@@ -95,8 +95,8 @@ def _lora_slower(m: int, columns: int, backward: bool, drops: bool) -> str | Non
     return None
 
 
-def _few_slower(a: Tensor, r: int) -> str | None:
-    if r > 16 and a.dtype == torch.float32:
+def _few_slower(m: int, n: int, a: Tensor) -> str | None:
+    if a.shape[0] > 16 and a.dtype == torch.float32 and (m > 64 or n > 8192):
         return "rounding so many float32 ranks for every tile takes longer than the ops one by one"
     return None
 
@@ -123,7 +123,7 @@ def lora_fit(
         )
     drops = rng_state is not None
     if _few(m, n, r, backward, drops):
-        slower = _few_slower(a, r)
+        slower = _few_slower(m, n, a)
     else:
         slower = _lora_slower(m, k if backward else n, backward, drops)
     tensors = [t for t in (x, w, a, b, h, saved_x) if t is not None]
