@@ -68,8 +68,8 @@ FewMaps encode_maps(const FewParams& p, const FewConfig& c, int kn, int x_rows) 
 
 // Clusters that run at once with all of an SM's shared memory for each CTA.
 template <class Kernel>
-int resident_clusters(Kernel* kernel, cudaLaunchConfig_t setup, int cluster) {
-  static std::array<std::atomic<int>, 256> known{};
+int resident_clusters(Kernel* kernel, cudaLaunchConfig_t setup, int cluster,
+                      std::array<std::atomic<int>, 256>& known) {
   int device = 0;
   check_cuda(cudaGetDevice(&device), "few_sm90");
   std::atomic<int>& entry = known[(device * 8 + cluster - 1) % known.size()];
@@ -122,8 +122,9 @@ void launch(const FewParams& p, const FewConfig& c, CUstream_st* stream) {
   setup.numAttrs = 1;
 
   // Two CTAs an SM where that lets all of them run at once, else one with twice the ring.
+  static std::array<std::atomic<int>, 256> known{};
   auto* const kernel = sm90::few_kernel<T, Shape>;
-  const bool alone = clusters <= resident_clusters(kernel, setup, cluster);
+  const bool alone = clusters <= resident_clusters(kernel, setup, cluster, known);
   args.stages = kMostStages;
   while (Shape::shared_bytes(args.x_bytes, args.stages) > (alone ? kShared : kHalfShared)) {
     --args.stages;

@@ -280,20 +280,22 @@ __device__ __forceinline__ void few_side(FewWork<Shape> work, int thread, int la
 
 // ---- Multiplying --------------------------------------------------------------------------------
 
-// a + b = (v0, v1) to twice the digits of T. What T cannot hold becomes infinite, as when rounded.
+// high + low = (v0, v1) to twice the digits of T, and twice its range: shares of an h that T can
+// hold may be more than that. Infinities and NaN stay.
 template <class T>
 __device__ __forceinline__ void split_pair(float v0, float v1, uint32_t& high, uint32_t& low) {
-  high = pack<T>(v0, v1);
+  constexpr float kMost = std::is_same_v<T, __half> ? 65504.f : 3.3895313892515355e38f;
+  high = pack<T>(fminf(fmaxf(v0, -kMost), kMost), fminf(fmaxf(v1, -kMost), kMost));
   float h0, h1;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    h0 = __uint_as_float(high << 16);
-    h1 = __uint_as_float(high & 0xFFFF0000);
-  } else {
+  if constexpr (std::is_same_v<T, __half>) {
     const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&high));
     h0 = both.x;
     h1 = both.y;
+  } else {
+    h0 = __uint_as_float(high << 16);
+    h1 = __uint_as_float(high & 0xFFFF0000);
   }
-  low = pack<T>(isfinite(h0) ? v0 - h0 : 0.f, isfinite(h1) ? v1 - h1 : 0.f);
+  low = pack<T>(v0 - h0, v1 - h1);
 }
 
 // y, and h where it is stored, straight from the accumulators.

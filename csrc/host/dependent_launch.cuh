@@ -35,6 +35,8 @@ inline int current_multiprocessors() {
   return multiprocessors_of(device);
 }
 
+constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA on Hopper
+
 struct DependentLaunch {
   dim3 grid;
   int threads;
@@ -46,11 +48,11 @@ struct DependentLaunch {
 template <class... Args>
 void launch_dependent(void (*kernel)(Args...), const DependentLaunch& launch, const Args&... args) {
   // Beyond 48 KiB a kernel must be allowed its shared memory, on each device; this takes less than
-  // looking up whether it was.
+  // looking up whether it was. As much as there is, for other threads may launch it with more.
   if (launch.shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    launch.shared_bytes),
-               "shared memory of a kernel");
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes),
+        "shared memory of a kernel");
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

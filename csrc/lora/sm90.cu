@@ -223,7 +223,8 @@ uint32_t* zeros_of_stream(int device, CUstream_st* stream, int64_t count) {
   check_cuda(cudaMallocAsync(&data, grown.count * 4, stream), "cudaMallocAsync");
   grown.data = static_cast<uint32_t*>(data);
   zero_async(grown.data, grown.count * 4, stream);
-  if (zeros.data != nullptr) check_cuda(cudaFreeAsync(zeros.data, stream), "cudaFreeAsync");
+  // What it had before is not freed: another thread may be about to launch with it. All of them
+  // together are smaller than the last.
   zeros = grown;
   return zeros.data;
 }

@@ -38,6 +38,7 @@ double estimate(const FewWork& work, const FewConfig& config) {
   const double found = work.num_sms * (cluster <= 2 ? 1 : kClusterShare) / cluster;
   const bool alone = clusters <= static_cast<int>(found);
   const auto resident = static_cast<double>(static_cast<int>(alone ? found : 2 * found));
+  if (resident < 1) return std::numeric_limits<double>::infinity();
   const auto waves = static_cast<double>(static_cast<int64_t>((clusters - 1) / resident) + 1);
   const double stages =
       std::min(8., static_cast<double>(static_cast<int>(kSharedBytes / (alone ? 1 : 2) / slot)));

@@ -87,13 +87,33 @@ def test_no_worse_than_twice_torchs_error(shape, dtype):
         assert_accurate("h", h, (0.5 * (x @ a.t())).to(dtype), h_true)
 
 
-def test_an_h_beyond_fp16_is_infinite_as_torchs_is():
-    x, w, a, b, _ = problem(5, 64, 128, 8, FP16)
-    x, a = (x.abs() * 100).contiguous(), (a.abs() * 300).contiguous()
-    y, h = few(x, w, a, b, scale=1.0)
-    expected = reference.gemm(x, w, (x.float() @ a.float().t()).half(), b, None)
-    assert h.isinf().all() and torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.isinf(), expected.isinf())
+def test_shares_of_h_may_be_more_than_fp16_holds():
+    """They cancel, or do not: y is right up to twice fp16's range, and what is stored of h is what fp16 makes of it."""
+    m, n, k, r = 5, 64, 128, 8
+    x = torch.ones(m, k, device="cuda", dtype=FP16)
+    w = torch.zeros(n, k, device="cuda", dtype=FP16)
+    b = torch.zeros(n, r, device="cuda", dtype=FP16)
+    b[1:, 0], b[1:, 1] = 2.0**-10, 2.0**-12
+    a = torch.zeros(r, k, device="cuda")
+    a[0, :64], a[0, 64:], a[1] = 1024.0, -1023.0, 1000.0  # 65536 - 65472, and 64000 twice
+    _, h_true = true_forward(x, w, a, b, None, 1.0, FP16)
+    assert h_true[0].tolist() == [64.0, torch.inf] + 6 * [0.0]
+    exact = (x.double() @ a.double().t()) @ b.double().t()
+    for config in ([64, 1, 1], [64, 1, 2], [128, 2, 2]):
+        y, h = few(x, w, a, b, scale=1.0, config=config)
+        assert torch.equal(h, h_true) and torch.equal(y, exact.half()), config
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_what_is_not_finite_stays_so(dtype, value):
+    x, w, a, b, _ = problem(4, 64, 256, 8, dtype)
+    x, a, b = x.abs().contiguous(), a.abs().contiguous(), b.abs().contiguous()
+    x[2, 100] = value
+    y, h = few(x, w.abs(), a, b)
+    assert y[2].isnan().all() if value != value else (y[2] == value).all()
+    assert h[2].isnan().all() if value != value else (h[2] == value).all()
+    assert y[[0, 1, 3]].isfinite().all() and h[[0, 1, 3]].isfinite().all()
 
 
 def test_what_lies_beside_the_rows_is_never_read():

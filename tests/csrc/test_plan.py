@@ -206,7 +206,7 @@ few = st.builds(
     n=st.integers(1, 2**17),
     k=st.integers(1, 2**17),
     rank=st.integers(1, 64),
-    num_sms=st.integers(8, 200),
+    num_sms=st.integers(1, 200),
 )
 
 
