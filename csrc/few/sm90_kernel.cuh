@@ -365,7 +365,9 @@ __device__ __forceinline__ void few_consume(FewWork<Shape> work, int warp, int l
 #pragma unroll
   for (int i = 0; i < kC / 2; ++i) acc[i] = all[i];
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) low[i] = all[kC / 2 + i] * factor;
+  for (int i = 0; i < kN / 2; ++i) {  // four of every 8 ranks; past the last, x may have met 0
+    low[i] = i / 4 * 8 < args.rank ? all[kC / 2 + i] * factor : 0;
+  }
   const uint64_t b = descriptor_k_major<kN>(work.b());
   mbarrier_wait(work.b_there(), 0);
 #pragma unroll
