@@ -52,7 +52,6 @@ inline void check_gemm(const GemmParams& p, const GemmConfig& c) {
         "gemm_sm90: group_m and num_sms must be positive");
 }
 
-// A cache by pointers and shapes would go here.
 inline GemmMaps encode_maps(const GemmParams& p, const GemmConfig& c) {
   const ElementType type = p.half ? ElementType::kFloat16 : ElementType::kBfloat16;
   // A cluster that shares an operand loads it in halves.

@@ -1,5 +1,6 @@
 // Tensor maps: how TMA cuts a matrix of global memory into boxes. Encoded on the host and passed to
-// a kernel by value, as a __grid_constant__ parameter. Encoding takes about a microsecond.
+// a kernel by value, as a __grid_constant__ parameter. Encoding takes about a
+// microsecond, so maps are kept.
 //
 // The encoder is a function of the driver; it is looked up through the CUDA runtime, so that
 // nothing links libcuda.
@@ -8,7 +9,9 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -85,9 +88,33 @@ inline CUtensorMap encode(const void* data, ElementType type, int rank, const in
 inline CUtensorMap tensor_map_2d(const void* data, ElementType type, int64_t rows, int64_t cols,
                                  int64_t pitch, int box_rows, int box_cols,
                                  Swizzle swizzle = Swizzle::k128) {
-  const int64_t sizes[] = {cols, rows};
-  const int box[] = {box_cols, box_rows};
-  return internal::encode(data, type, 2, sizes, &pitch, box, swizzle);
+  // A model asks for the same maps step after step: weights stay, and torch's allocator gives
+  // activations the same places. A map is only numbers, so it never goes stale.
+  struct Entry {
+    std::array<int64_t, 8> key{};  // of nothing: no data is at 0
+    CUtensorMap map;
+  };
+  constexpr size_t kEntries = 512;
+  static thread_local const std::unique_ptr<Entry[]> known(new Entry[kEntries]);
+  const std::array<int64_t, 8> key = {reinterpret_cast<intptr_t>(data),
+                                      rows,
+                                      cols,
+                                      pitch,
+                                      box_rows,
+                                      box_cols,
+                                      static_cast<int64_t>(type),
+                                      static_cast<int64_t>(swizzle)};
+  uint64_t hash = 0;
+  for (const int64_t part : key) hash = (hash ^ static_cast<uint64_t>(part)) * 0x9E3779B97F4A7C15;
+  Entry& entry = known[hash >> 55];
+  if (entry.key != key) {
+    const int64_t sizes[] = {cols, rows};
+    const int box[] = {box_cols, box_rows};
+    entry.key = {};  // should encoding throw
+    entry.map = internal::encode(data, type, 2, sizes, &pitch, box, swizzle);
+    entry.key = key;
+  }
+  return entry.map;
 }
 
 }  // namespace fastlora
