@@ -29,10 +29,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
   m.def(
       "_lora_forward_sm90(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, "
       "float scale, Tensor? rng_state, int keep, int[]? config) -> (Tensor, Tensor)");
-  // the same for few rows, without dropout and for r up to 64; config is a FewConfig of few.h
+  // the same for few rows, without dropout and for r up to 64; backward x is dy, y dx and h g =
+  // scale [scaling] dy b; config is a FewConfig of few.h
   m.def(
       "_lora_few_sm90(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, float "
-      "scale, int[]? config) -> (Tensor, Tensor)");
+      "scale, bool backward, int[]? config) -> (Tensor, Tensor)");
   // dx [m, k], d_a [r, k] where x is given, d_b [n, r] where h is, d_bias [n] (in float32, or dy's
   // dtype)
   m.def(

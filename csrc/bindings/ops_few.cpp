@@ -29,32 +29,39 @@ int64_t factor_pitch(const char* name, const Tensor& t, int64_t rows, int64_t co
   return rows == 1 ? cols : t.stride(0);
 }
 
-// y [m, n] and h [m, rank].
+// y [m, n] and h [m, rank]; backward, where x is dY, dX [m, K] and g [m, rank].
 std::tuple<Tensor, Tensor> few(const Tensor& x, const Tensor& w, const Tensor& a, const Tensor& b,
                                std::optional<Tensor> bias, std::optional<Tensor> scaling,
-                               double scale, std::optional<std::vector<int64_t>> config) {
+                               double scale, bool backward,
+                               std::optional<std::vector<int64_t>> config) {
   check(x.dim() == 2 && w.dim() == 2 && a.dim() == 2, kOp,
         ": x, w and the factors must be matrices");
   check(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half, kOp,
         ": x must be bfloat16 or float16");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   FewParams p{};
+  const int64_t out = w.size(0), in = w.size(1);
   p.m = x.size(0);
-  p.n = w.size(0);
-  p.k = w.size(1);
+  p.n = backward ? in : out;
+  p.k = backward ? out : in;
   p.rank = a.size(0);
   check(p.m > 0 && p.n > 0 && p.k > 0 && p.rank > 0, kOp, ": nothing may be empty");
   p.half = x.scalar_type() == ScalarType::Half;
+  p.w_mn_major = backward;
   p.x_pitch = pitch_of(kOp, "x", x, p.m, p.k, x);
   p.x = x.const_data_ptr();
-  p.w_pitch = pitch_of(kOp, "w", w, p.n, p.k, x);
+  p.w_pitch = pitch_of(kOp, "w", w, out, in, x);
   p.w = w.const_data_ptr();
-  p.a_pitch = factor_pitch("lora_A", a, p.rank, p.k, x);
-  p.a = a.const_data_ptr();
-  p.a_float = a.scalar_type() == ScalarType::Float;
-  p.b_pitch = factor_pitch("lora_B", b, p.n, p.rank, x);
-  p.b = b.const_data_ptr();
-  p.b_float = b.scalar_type() == ScalarType::Float;
+  // The factor that x meets first is A, backward B.
+  const int64_t a_pitch = factor_pitch("lora_A", a, p.rank, in, x);
+  const int64_t b_pitch = factor_pitch("lora_B", b, out, p.rank, x);
+  const Tensor &first = backward ? b : a, &second = backward ? a : b;
+  p.a_pitch = backward ? b_pitch : a_pitch;
+  p.a = first.const_data_ptr();
+  p.a_float = first.scalar_type() == ScalarType::Float;
+  p.b_pitch = backward ? a_pitch : b_pitch;
+  p.b = second.const_data_ptr();
+  p.b_float = second.scalar_type() == ScalarType::Float;
   if (bias.has_value()) {
     check(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == p.n &&
               bias->is_contiguous() && bias->get_device_index() == x.get_device_index(),

@@ -1,6 +1,7 @@
 // Family "few": the frozen linear and its low-rank update for few rows, in one launch.
 //
-//   h [m, rank] = s x A^T           y [m, n] = x W^T + bias + h B^T
+//   forward   h [m, rank] = s x A^T           y [m, n] = x W^T + bias + h B^T
+//   backward  g [m, rank] = s dY B           dX [m, n] = dY W + g A
 //
 // What it costs is reading W once: K is split among the CTAs of a cluster so that all SMs read.
 #pragma once
@@ -14,6 +15,8 @@ namespace fastlora {
 struct FewParams {
   int64_t m, n, k, rank;  // n, k and rank multiples of 8, rank 8 .. 64
   bool half = false;      // fp16 instead of bf16: x, w, bias, y, h
+  // Backward: x is dY, y dX, h g; w is [k, n], a is B [k, rank] and b is A [rank, n].
+  bool w_mn_major = false;
 
   // Pitches are in elements, between rows. Addresses and pitches are multiples of 16 bytes.
   const void* x;  // [m, k]

@@ -41,9 +41,9 @@ void check_few(const FewParams& p, const FewConfig& c) {
           "few_sm90: ", name, " must start at, and have rows apart by, multiples of 16 bytes");
   };
   aligned("x", p.x, p.x_pitch, p.k, false);
-  aligned("w", p.w, p.w_pitch, p.k, false);
-  aligned("a", p.a, p.a_pitch, p.k, p.a_float);
-  aligned("b", p.b, p.b_pitch, p.rank, p.b_float);
+  aligned("w", p.w, p.w_pitch, p.w_mn_major ? p.n : p.k, false);
+  aligned("a", p.a, p.a_pitch, p.w_mn_major ? p.rank : p.k, p.a_float);
+  aligned("b", p.b, p.b_pitch, p.w_mn_major ? p.n : p.rank, p.b_float);
   aligned("y", p.y, p.n, p.n, false);
   aligned("h", p.h, p.rank, p.rank, false);
   check(is_one_of(c.columns, {64, 128}), "few_sm90: columns must be 64 or 128, got ", c.columns);
@@ -60,9 +60,16 @@ FewMaps encode_maps(const FewParams& p, const FewConfig& c, int kn, int x_rows) 
   const int a_rows = std::max(8, kn / c.cluster_m);
   FewMaps maps;
   maps.x = tensor_map_2d(p.x, type, p.m, p.k, p.x_pitch, x_rows, sm90::kFewDepth);
+  const ElementType a_type = p.a_float ? ElementType::kFloat32 : type;
+  const int a_columns = p.a_float ? 32 : sm90::kFewDepth;
+  if (p.w_mn_major) {
+    const int k_rows = sm90::kFewDepth / c.cluster_m;
+    maps.w = tensor_map_2d(p.w, type, p.k, p.n, p.w_pitch, k_rows, 64);
+    maps.a = tensor_map_2d(p.a, a_type, p.k, p.rank, p.a_pitch, k_rows, a_columns);
+    return maps;
+  }
   maps.w = tensor_map_2d(p.w, type, p.n, p.k, p.w_pitch, c.columns / c.cluster_m, sm90::kFewDepth);
-  maps.a = p.a_float ? tensor_map_2d(p.a, ElementType::kFloat32, p.rank, p.k, p.a_pitch, a_rows, 32)
-                     : tensor_map_2d(p.a, type, p.rank, p.k, p.a_pitch, a_rows, sm90::kFewDepth);
+  maps.a = tensor_map_2d(p.a, a_type, p.rank, p.k, p.a_pitch, a_rows, a_columns);
   return maps;
 }
 
@@ -137,19 +144,22 @@ void launch(const FewParams& p, const FewConfig& c, CUstream_st* stream) {
   check_launch("few_sm90");
 }
 
+template <class T, int kColumns, bool kMn>
+void launch(const FewParams& p, const FewConfig& c, CUstream_st* stream) {
+  if (p.rank <= 16) {
+    return p.a_float ? launch<T, sm90::FewShape<kColumns, 16, true, kMn>>(p, c, stream)
+                     : launch<T, sm90::FewShape<kColumns, 16, false, kMn>>(p, c, stream);
+  }
+  return p.a_float ? launch<T, sm90::FewShape<kColumns, 64, true, kMn>>(p, c, stream)
+                   : launch<T, sm90::FewShape<kColumns, 64, false, kMn>>(p, c, stream);
+}
+
 template <class T>
 void launch(const FewParams& p, const FewConfig& c, CUstream_st* stream) {
-  const auto of_columns = [&](auto columns) {
-    constexpr int kC = decltype(columns)::value;
-    if (p.rank <= 16) {
-      return p.a_float ? launch<T, sm90::FewShape<kC, 16, true>>(p, c, stream)
-                       : launch<T, sm90::FewShape<kC, 16, false>>(p, c, stream);
-    }
-    return p.a_float ? launch<T, sm90::FewShape<kC, 64, true>>(p, c, stream)
-                     : launch<T, sm90::FewShape<kC, 64, false>>(p, c, stream);
-  };
-  if (c.columns == 64) return of_columns(std::integral_constant<int, 64>());
-  of_columns(std::integral_constant<int, 128>());
+  if (c.columns == 64) {
+    return p.w_mn_major ? launch<T, 64, true>(p, c, stream) : launch<T, 64, false>(p, c, stream);
+  }
+  return p.w_mn_major ? launch<T, 128, true>(p, c, stream) : launch<T, 128, false>(p, c, stream);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // y [m, n] = x W^T + bias + h B^T and h = s x A^T for few rows on Hopper: W comes from memory once,
-// and nothing else takes longer.
+// and nothing else takes longer. Backward dX = dY W + g A and g = s dY B, named as forward: the
+// same but for what is contiguous (few.h).
 //
 // A CTA makes 64 rows x kC columns over its share of K, and with the same instructions x A^T over
 // the same K: its share of h, which every tile of columns makes for itself. As B is applied before
@@ -20,263 +21,10 @@
 // stored.
 #pragma once
 
-#include <cuda.h>
-
-#include "common/index.cuh"
-#include "common/sm90/cluster.cuh"
-#include "common/sm90/copy_async.cuh"
-#include "common/sm90/mbarrier.cuh"
-#include "common/sm90/tma.cuh"
-#include "common/sm90/wgmma.cuh"
+#include "few/sm90_load.cuh"
+#include "few/sm90_shape.cuh"
 
 namespace fastlora::sm90 {
-
-constexpr int kFewRows = 64, kFewDepth = 64;  // of x in a tile, of K in a step
-constexpr int kFewThreads = 256, kFewSideWarps = 3;
-constexpr int kMostSplits = 8;
-
-// kColumns of a tile, kRanks (16 or 64) that the rank is padded to, kFloat: A is fp32.
-template <int kColumns, int kRanks, bool kFloat>
-struct FewShape {
-  static constexpr int kC = kColumns, kN = kRanks;
-  static constexpr bool kFloatA = kFloat;
-  static constexpr int kWBytes = kC * 128, kABytes = kN * (kFloat ? 128 + 256 : 128);
-  static constexpr int kLoadedABytes = kN * (kFloat ? 256 : 128);
-  static constexpr int kBBytes = kC * kN * 2;
-  static constexpr int kPitch = kC + 8;  // fp32, of a share of y in shared memory: no conflicts
-  static constexpr int kLowOffset = kFewRows * kPitch * 4;  // of a share of h behind it
-  static constexpr int kStageBarriers = 24;                 // bytes; and one barrier more
-
-  FASTLORA_HOST_DEVICE static constexpr int slot_bytes(int x_bytes) {
-    return x_bytes + kWBytes + kABytes;
-  }
-  FASTLORA_HOST_DEVICE static constexpr int shared_bytes(int x_bytes, int stages) {
-    return stages * (slot_bytes(x_bytes) + kStageBarriers) + kBBytes + 8;
-  }
-};
-
-struct FewMaps {
-  CUtensorMap x, w, a;
-};
-
-struct FewArgs {
-  int m, n, rank;
-  int k_steps;            // of 64
-  int cluster_m, splits;  // powers of two
-  int tiles_n;
-  int stages, x_bytes;
-  const void* b;
-  int64_t b_pitch;
-  bool b_float;
-  const void* bias;
-  float scale;
-  const float* scaling;
-  void *y, *h;
-};
-
-// What a CTA does, and its ring.
-template <class Shape>
-struct FewWork {
-  const FewArgs& args;
-  uint32_t base;
-  int cta, row_part, split;  // rank in the cluster, and its parts
-  int tile_n, row0, col0;
-  int first, steps;  // of K
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ __forceinline__ FewWork(const FewArgs& args, uint32_t base) : args(args), base(base) {
-    cta = static_cast<int>(cluster_rank());
-    row_part = cta % args.cluster_m;
-    split = cta / args.cluster_m;
-    const int tile = static_cast<int>(blockIdx.x) / (args.cluster_m * args.splits);
-    const int tile_m = tile / args.tiles_n;
-    tile_n = tile - tile_m * args.tiles_n;
-    row0 = (tile_m * args.cluster_m + row_part) * kFewRows;
-    col0 = tile_n * Shape::kC;
-    first = args.k_steps * split / args.splits;
-    steps = args.k_steps * (split + 1) / args.splits - first;
-  }
-
-  __device__ __forceinline__ uint32_t slot(int of_stage) const {
-    return base + of_stage * Shape::slot_bytes(args.x_bytes);
-  }
-  __device__ __forceinline__ uint32_t x() const { return slot(stage); }
-  __device__ __forceinline__ uint32_t w() const { return x() + args.x_bytes; }
-  __device__ __forceinline__ uint32_t a() const { return w() + Shape::kWBytes; }
-  __device__ __forceinline__ uint32_t float_a() const { return a() + Shape::kN * 128; }
-  __device__ __forceinline__ uint32_t b() const { return slot(args.stages); }
-  __device__ __forceinline__ uint32_t barriers(int of_stage) const {
-    return b() + Shape::kBBytes + of_stage * Shape::kStageBarriers;
-  }
-  __device__ __forceinline__ uint32_t full() const { return barriers(stage); }
-  __device__ __forceinline__ uint32_t empty() const { return barriers(stage) + 8; }
-  __device__ __forceinline__ uint32_t previous_empty() const {
-    return barriers(stage == 0 ? args.stages - 1 : stage - 1) + 8;
-  }
-  __device__ __forceinline__ uint32_t rounded() const { return barriers(stage) + 16; }
-  __device__ __forceinline__ uint32_t b_there() const { return barriers(args.stages); }
-  __device__ __forceinline__ void advance() {
-    if (++stage == args.stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-
-  __device__ __forceinline__ void start(const FewMaps& maps) const {
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < args.stages; ++i) {
-        mbarrier_init(barriers(i), 1);
-        mbarrier_init(barriers(i) + 8, 4 * args.cluster_m);
-        mbarrier_init(barriers(i) + 16, 1);
-      }
-      mbarrier_init(b_there(), kFewSideWarps);
-      fence_mbarrier_init();
-      prefetch_tensor_map(&maps.x);
-      prefetch_tensor_map(&maps.w);
-      prefetch_tensor_map(&maps.a);
-    }
-    if (args.cluster_m > 1) {
-      cluster_sync();  // no load may arrive before the barriers are there
-    } else {
-      __syncthreads();
-    }
-  }
-
-  // All threads of the cluster, warps whole.
-  __device__ __forceinline__ void sync() const {
-    __syncwarp();
-    if (args.cluster_m * args.splits > 1) {
-      cluster_sync();
-    } else {
-      __syncthreads();
-    }
-  }
-};
-
-// ---- Loading ------------------------------------------------------------------------------------
-
-template <class Shape>
-__device__ __forceinline__ void few_produce(FewWork<Shape> work, const FewMaps& maps) {
-  const FewArgs& args = work.args;
-  const auto peers =
-      static_cast<uint16_t>(((1 << args.cluster_m) - 1) << (work.split * args.cluster_m));
-  constexpr int kN = Shape::kN;
-  const int w_rows = Shape::kC / args.cluster_m, w_row = work.row_part * w_rows;
-  const int a_rows = max(8, kN / args.cluster_m), a_row = work.row_part * a_rows;
-  for (int i = 0; i < work.steps; ++i) {
-    const int k = (work.first + i) * kFewDepth;
-    mbarrier_wait(work.empty(), work.phase ^ 1);
-    const uint32_t full = work.full();
-    mbarrier_arrive_expect(full, args.x_bytes + Shape::kWBytes + Shape::kLoadedABytes);
-    const auto load = [&](uint32_t to, const CUtensorMap* map, int column, int row) {
-      if (args.cluster_m == 1) {
-        tma_load_2d(to, map, full, column, row);
-      } else {
-        tma_load_2d_multicast(to, map, full, column, row, peers);
-      }
-    };
-    load(work.w() + w_row * 128, &maps.w, k, work.col0 + w_row);
-    tma_load_2d(work.x(), &maps.x, full, k, work.row0);
-    if (a_row < kN) {
-      if constexpr (Shape::kFloatA) {
-        load(work.float_a() + a_row * 128, &maps.a, k, a_row);
-        load(work.float_a() + (kN + a_row) * 128, &maps.a, k + 32, a_row);
-      } else {
-        load(work.a() + a_row * 128, &maps.a, k, a_row);
-      }
-    }
-    work.advance();
-  }
-}
-
-// Eight values from global or shared memory as eight of T.
-template <class T>
-__device__ __forceinline__ uint4 round8(float4 low, float4 high) {
-  return {pack<T>(low.x, low.y), pack<T>(low.z, low.w), pack<T>(high.x, high.y),
-          pack<T>(high.z, high.w)};
-}
-__device__ __forceinline__ float4 load_shared_float4(uint32_t shared) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(shared)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ void store_shared_16(uint32_t shared, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
-// Where chunk `at` of 8 ranks of row `row` of B lies: [kC, kN], K-major for the tensor cores.
-template <class Shape>
-__device__ __forceinline__ uint32_t b_offset(int row, int at) {
-  constexpr int kRowBytes = Shape::kN * 2;
-  return swizzled<kRowBytes>(row * kRowBytes + at * 16);
-}
-
-// A [kN, 64] of a step from fp32 (two boxes of 32 columns) to T, by a warp.
-template <class T, class Shape>
-__device__ __forceinline__ void round_a(uint32_t to, uint32_t from, int lane) {
-  constexpr int kAtOnce = 4;
-#pragma unroll 1
-  for (int first = lane; first < Shape::kN * 8; first += kAtOnce * 32) {
-    float4 values[kAtOnce][2];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int row = (first + 32 * i) / 8, at = first % 8;  // 8 columns of a row
-      const uint32_t box = from + at / 4 * Shape::kN * 128;
-      const uint32_t offset = row * 128 + at % 4 * 32;
-      values[i][0] = load_shared_float4(box + swizzled<128>(offset));
-      values[i][1] = load_shared_float4(box + swizzled<128>(offset + 16));
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int row = (first + 32 * i) / 8, at = first % 8;
-      store_shared_16(to + swizzled<128>(row * 128 + at * 16),
-                      round8<T>(values[i][0], values[i][1]));
-    }
-  }
-}
-
-// The side warps: B, then A [kN, 64] of every step to 16 bits, if it is fp32.
-template <class T, class Shape>
-__device__ __forceinline__ void few_side(FewWork<Shape> work, int thread, int lane) {
-  const FewArgs& args = work.args;
-  constexpr int kN = Shape::kN, kRowChunks = kN / 8;  // of 8 ranks
-  const auto done = [&](uint32_t barrier) {
-    fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
-#pragma unroll 4
-  for (int chunk = thread; chunk < Shape::kC * kRowChunks; chunk += kFewSideWarps * 32) {
-    const int local = chunk / kRowChunks, at = chunk % kRowChunks;
-    const int64_t from = int64_t{work.col0 + local} * args.b_pitch + at * 8;
-    uint4 value = {0, 0, 0, 0};
-    if (work.col0 + local < args.n && at * 8 < args.rank) {
-      if (args.b_float) {
-        const auto* const b =
-            reinterpret_cast<const float4*>(static_cast<const float*>(args.b) + from);
-        value = round8<T>(__ldg(b), __ldg(b + 1));
-      } else {
-        value = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(args.b) + from));
-      }
-    }
-    store_shared_16(work.b() + b_offset<Shape>(local, at), value);
-  }
-  done(work.b_there());
-  if constexpr (Shape::kFloatA) {
-    for (int i = 0; i < work.steps; ++i, work.advance()) {
-      if (work.stage % kFewSideWarps != thread / 32) continue;  // a warp has whole stages
-      mbarrier_wait(work.full(), work.phase);
-      round_a<T, Shape>(work.a(), work.float_a(), lane);
-      done(work.rounded());
-    }
-  }
-}
 
 // ---- Multiplying --------------------------------------------------------------------------------
 
@@ -342,13 +90,16 @@ __device__ __forceinline__ void few_consume(FewWork<Shape> work, int warp, int l
 #pragma unroll 1
   for (int i = 0; i < work.steps; ++i) {
     const uint64_t x = descriptor_k_major(work.x());
-    const uint64_t w = descriptor_k_major(work.w());
+    const uint64_t w = Shape::kMnMajor ? descriptor_mn_major(work.w(), kFewSlabBytes)
+                                       : descriptor_k_major(work.w());
     mbarrier_wait(work.full(), work.phase);
     if constexpr (Shape::kFloatA) mbarrier_wait(work.rounded(), work.phase);
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      Wgmma<kC + kN>::template ss<T, 0, 0>(all, x + j * kNextK16, w + j * kNextK16, i > 0 || j > 0);
+      constexpr uint64_t kNextW = Shape::kMnMajor ? kNextK16MnMajor : kNextK16;
+      Wgmma<kC + kN>::template ss<T, 0, Shape::kMnMajor>(all, x + j * kNextK16, w + j * kNextW,
+                                                         i > 0 || j > 0);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -368,7 +119,9 @@ __device__ __forceinline__ void few_consume(FewWork<Shape> work, int warp, int l
   for (int i = 0; i < kN / 2; ++i) {  // four of every 8 ranks; past the last, x may have met 0
     low[i] = i / 4 * 8 < args.rank ? all[kC / 2 + i] * factor : 0;
   }
-  const uint64_t b = descriptor_k_major<kN>(work.b());
+  constexpr uint64_t kNextB = Shape::kMnMajor ? kNextK16MnMajor : kNextK16;
+  const uint64_t b =
+      Shape::kMnMajor ? descriptor_mn_major(work.b(), kN * 128) : descriptor_k_major<kN>(work.b());
   mbarrier_wait(work.b_there(), 0);
 #pragma unroll
   for (int c = 0; c < kN / 16; ++c) {  // the layout of D is that of A
@@ -378,8 +131,8 @@ __device__ __forceinline__ void few_consume(FewWork<Shape> work, int warp, int l
       split_pair<T>(low[8 * c + 2 * j], low[8 * c + 2 * j + 1], whole[j], rest[j]);
     }
     wgmma_fence();
-    Wgmma<kC>::template rs<T, 0>(acc, whole, b + c * kNextK16, true);
-    Wgmma<kC>::template rs<T, 0>(acc, rest, b + c * kNextK16, true);
+    Wgmma<kC>::template rs<T, Shape::kMnMajor>(acc, whole, b + c * kNextB, true);
+    Wgmma<kC>::template rs<T, Shape::kMnMajor>(acc, rest, b + c * kNextB, true);
     wgmma_commit();
     wgmma_wait<0>();
     pin(acc);

@@ -75,14 +75,12 @@ def _bias_like(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 # ---- csrc/lora: a linear with everything low-rank around it, in one launch a direction -----------------------
-# csrc/few: the same forward for few rows.
+# csrc/few: for few rows y and h, or dX and g, in one launch.
 
 
-def _few(m: int, n: int, r: int, backward: bool, drops: bool) -> bool:
-    """Whether csrc/few runs this linear: what it makes of 64 rows x 128 columns fits the SMs at once, or nearly."""
-    return (
-        not backward and not drops and r <= 64 and (m <= 128 or -(-m // 64) * -(-n // 128) <= 132)
-    )
+def _few(m: int, columns: int, r: int, drops: bool) -> bool:
+    """Whether csrc/few is for this product: what it makes of 64 rows x 128 columns fits the SMs at once, or nearly."""
+    return not drops and r <= 64 and (m <= 128 or -(-m // 64) * -(-columns // 128) <= 132)
 
 
 def _lora_slower(m: int, columns: int, backward: bool, drops: bool) -> str | None:
@@ -95,10 +93,32 @@ def _lora_slower(m: int, columns: int, backward: bool, drops: bool) -> str | Non
     return None
 
 
-def _few_slower(m: int, n: int, a: Tensor) -> str | None:
-    if a.shape[0] > 16 and a.dtype == torch.float32 and (m > 64 or n > 8192):
+def _few_slower(m: int, columns: int, factor: Tensor, r: int) -> str | None:
+    """``factor``: the one that meets x (dY) first."""
+    if r > 16 and factor.dtype == torch.float32 and (m > 64 or columns > 8192):
         return "rounding so many float32 ranks for every tile takes longer than the ops one by one"
     return None
+
+
+def dx_fit(dy: Tensor, w: Tensor, a: Tensor, b: Tensor, rng_state: Tensor | None) -> Fit:
+    """How dX and g suit csrc/few by themselves."""
+    m, k, r = dy.shape[0], w.shape[1], a.shape[0]
+    if not _few(m, k, r, rng_state is not None):
+        return Fit("is for few rows, ranks up to 64 and no dropout")
+    slower = _few_slower(m, k, b, r)
+    if k > 8192:
+        slower = "with this many columns the ops one by one are faster"
+    return Fit(lora_fit(dy, w, a, b, None, backward=True).miss, slower)
+
+
+def lora_dx(
+    dy: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(dX [M, K], g [M, r]) of few rows in one launch."""
+    count("lora_dx", "cuda")
+    few = torch.ops.fastlora._lora_few_sm90
+    dx, g = few(dy, w, a, b, None, _float32(scaling), scale, True, None)
+    return dx, g
 
 
 def lora_fit(
@@ -122,8 +142,8 @@ def lora_fit(
             f"needs rows, N, K and ranks in multiples of 8, and sizes below 2^31, got {(m, n, k, r)}"
         )
     drops = rng_state is not None
-    if _few(m, n, r, backward, drops):
-        slower = _few_slower(m, n, a)
+    if not backward and _few(m, n, r, drops):
+        slower = _few_slower(m, n, a, r)
     else:
         slower = _lora_slower(m, k if backward else n, backward, drops)
     tensors = [t for t in (x, w, a, b, h, saved_x) if t is not None]
@@ -167,9 +187,9 @@ def lora_forward(
     """(y, h) in one launch. ``config`` as in ``gemm``."""
     count("lora_forward", "cuda")
     bias = _bias_like(bias, x)
-    if config is None and _few(x.shape[0], w.shape[0], a.shape[0], False, rng_state is not None):
+    if config is None and _few(x.shape[0], w.shape[0], a.shape[0], rng_state is not None):
         few = torch.ops.fastlora._lora_few_sm90
-        y, h = few(x, w, a, b, bias, _float32(scaling), scale, None)
+        y, h = few(x, w, a, b, bias, _float32(scaling), scale, False, None)
         return y, h
     run = torch.ops.fastlora._lora_forward_sm90
     y, h = run(x, w, a, b, bias, _float32(scaling), scale, rng_state, keep, config)

@@ -80,9 +80,9 @@ def explain(layer: Any, x: Tensor) -> str:
     ]
     flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
     whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
+    state = x.new_empty(2, dtype=torch.int64) if drops else None
     if rank and lora_a is not None and lora_b is not None:
         saved_h = x.new_empty(rows, rank)
-        state = x.new_empty(2, dtype=torch.int64) if drops else None
         for name, fit in (
             ("y", functools.partial(cuda_backend.lora_fit, flat, weight, lora_a, lora_b, state)),
             (
@@ -108,8 +108,14 @@ def explain(layer: Any, x: Tensor) -> str:
     if whole["y"] == whole["dX"] == "":
         return "\n".join(lines)
 
+    dx_whole = False  # g and dX in one launch, the gradients of the factors in another
+    if whole["dX"] and lora_a is not None and lora_b is not None:
+        fit = functools.partial(cuda_backend.dx_fit, dy, weight, lora_a, lora_b, state)
+        dx_whole = _why_not_whole(x, rank, fit) == ""
+    if dx_whole:
+        lines.append("  lora   g = s dY B,  dX = dY W + g A     -> cuda   (one launch)")
     h = x.new_empty(rows, rank) if rank else None
-    if rank:
+    if rank and (whole["y"] != "" or not dx_whole):
         lines.append(_line("down", "h = s drop(x) A^T,  g = s dY B", x, rank))
     words = x.new_empty(mask_shape(rows, k), dtype=torch.int32) if rank and drops else None
     a_t = None if lora_a is None else lora_a.t()
@@ -120,7 +126,8 @@ def explain(layer: Any, x: Tensor) -> str:
         lines.append(_line("gemm", formula, x, rank, forward))
     if whole["dX"] != "":
         formula = "dX = dY W + g A" if rank else "dX = dY W"
-        lines.append(_line("gemm", formula, x, rank, backward))
+        if not dx_whole:
+            lines.append(_line("gemm", formula, x, rank, backward))
         if rank:
             lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
     lines += [f"  {name} is not one launch: {why}" for name, why in whole.items() if why]

@@ -4,7 +4,7 @@
     backward  g  = s dY B                    dX = dY W + mask * (g A)
               dA = g^T drop(x)               dB = dY^T h                 dbias = sum_m dY
 
-Where csrc/lora suits the problem it is one launch; else it is composed of the ops of raw.py. Private, as those are: the
+Where csrc/lora or csrc/few suits the problem it is one launch; else it is composed of the ops of raw.py. Private, as those are: the
 public path is ``fastlora.autograd``. An output that was not asked for comes back with shape [0].
 """
 
@@ -36,6 +36,15 @@ def _fuses(like: Tensor, rank: int, fit: Callable[[], support.Fit]) -> bool:
 def _is_eager(x: Tensor) -> bool:
     """Whether the choice can be made before the op is called, which saves a way through Python: x has data."""
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _makes_dx(
+    dy: Tensor, w: Tensor | None, a: Tensor | None, b: Tensor | None, rng_state: Tensor | None
+) -> bool:
+    """Whether dX and g are one launch, though the gradients of the factors are another."""
+    if w is None or a is None or b is None:
+        return False
+    return _fuses(dy, a.shape[0], lambda: cuda_backend.dx_fit(dy, w, a, b, rng_state))
 
 
 def _forward(
@@ -84,15 +93,17 @@ def _backward(
             )
 
     nothing = dy.new_empty(0)
-    g = words = None
-    if b is not None and (w is not None or x is not None):
-        # The mask is made again, not saved: its words come with g, for dX and dA below.
-        emit = in_features if rng_state is not None else 0
-        g, made = raw.down(dy, b.t(), scaling, scale, rng_state, keep, emit)
-        words = made if emit else None
-    dx = nothing
-    if w is not None:
-        dx = raw.gemm(dy, w.t(), g, None if a is None else a.t(), None, words)
+    dx, g, words = nothing, None, None
+    if _makes_dx(dy, w, a, b, rng_state):
+        dx, g = cuda_backend.lora_dx(dy, w, a, b, scaling, scale)  # type: ignore[arg-type]
+    else:
+        if b is not None and (w is not None or x is not None):
+            # The mask is made again, not saved: its words come with g, for dX and dA below.
+            emit = in_features if rng_state is not None else 0
+            g, made = raw.down(dy, b.t(), scaling, scale, rng_state, keep, emit)
+            words = made if emit else None
+        if w is not None:
+            dx = raw.gemm(dy, w.t(), g, None if a is None else a.t(), None, words)
     d_a = d_b = d_bias = nothing
     if x is not None or h is not None or dtype_bias is not None:
         d_a, d_b, d_bias = raw.wgrad(

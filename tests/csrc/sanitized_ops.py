@@ -28,7 +28,9 @@ def run(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
         ops._wgrad_sm90(x, g, dy, h, mask, r, wide, wide, True)
     for config in ([128, 1, 1], [64, 2, 1], [64, 1, 2], [128, 2, 4]) if r <= 64 else ():
         if config[2] <= -(-k // 64):
-            ops._lora_few_sm90(x, w, a, b, bias, None, 0.5, config)
+            ops._lora_few_sm90(x, w, a, b, bias, None, 0.5, False, config)
+        if config[2] <= -(-n // 64):
+            ops._lora_few_sm90(dy, w, a, b, None, None, 0.5, True, config)
     for drop in (None, state) if r <= 64 else (None,):
         _, h = ops._lora_forward_sm90(x, w, a, b, bias, None, 0.5, drop, KEEP, None)
         ops._lora_backward_sm90(dy, w, a, b, x, h, None, 0.5, drop, KEEP, True, True, None)

@@ -52,8 +52,9 @@ def problem(m, n, k, r, dtype=BF16, factors=None, integers=False):
     return x, w, a, b, make(1, n)[0].contiguous()
 
 
-def few(x, w, a, b, bias=None, scaling=None, scale=0.5, config=None):
-    return torch.ops.fastlora._lora_few_sm90(x, w, a, b, bias, scaling, scale, config)
+def few(x, w, a, b, bias=None, scaling=None, scale=0.5, config=None, backward=False):
+    run = torch.ops.fastlora._lora_few_sm90
+    return run(x, w, a, b, bias, scaling, scale, backward, config)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -72,6 +73,37 @@ def test_integers_are_exact(shape, wide, dtype):
     scaling = torch.tensor(0.25, device="cuda")
     y, h = few(x, w, a, b, None, scaling, 2.0)
     assert torch.equal(h, h_true) and torch.equal(y, (y_true - bias.double()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integers_are_exact_backward(shape, wide, dtype):
+    """The same operands the other way: x [m, N], and W, A and B are what they are transposed."""
+    m, n, k, r = shape
+    dy = matrix(m, k, dtype, integers=True)
+    _, w, a, b, _ = problem(m, k, n, r, dtype, FP32 if wide else dtype, integers=True)
+    dx_true, g_true = true_forward(dy, w.t(), b.t(), a.t(), None, 0.5, torch.float64)
+    scaling = torch.tensor(0.25, device="cuda")
+    for config in [None, *CONFIGS]:
+        if config is not None and config[2] > -(-k // 64):
+            continue
+        dx, g = few(dy, w, a, b, None, scaling, 2.0, config, backward=True)
+        assert torch.equal(g, g_true.to(dtype)), config
+        assert torch.equal(dx, dx_true.to(dtype)), config
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("shape", [*SHAPES, (256, 4096, 14336, 64)])
+def test_backward_no_worse_than_twice_torchs_error(shape, dtype):
+    m, n, k, r = shape
+    dy, (_, w, a, b, _) = matrix(m, k, dtype), problem(m, k, n, r, dtype)
+    dx_true, _ = true_forward(dy, w.t(), b.t(), a.t(), None, 0.5, torch.float64)
+    g_true = 0.5 * dy.double() @ b.double()
+    dx, g = few(dy, w, a, b, backward=True)
+    theirs = reference.gemm(dy, w.t(), g_true.to(dtype), a.t(), None)
+    assert_accurate("dX", dx, theirs, dx_true)
+    assert_accurate("g", g, (0.5 * (dy @ b)).to(dtype), g_true)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -165,6 +197,16 @@ def test_the_dispatcher_chooses_it_for_few_rows(m):
     y = fastlora.lora_linear(x, w, a, b, 0.5, bias)
     assert fastlora.launches() == {("lora_forward", "cuda"): 1}
     assert torch.equal(y, few(x, w, a, b, bias)[0])
+    fastlora.reset_launches()
+    leaves = [t.requires_grad_() for t in (x.contiguous(), a, b)]
+    y = fastlora.lora_linear(leaves[0], w, leaves[1], leaves[2], 0.5)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    counts = {("lora_forward", "cuda"): 1, ("lora_dx", "cuda"): 1, ("wgrad", "triton"): 1}
+    assert fastlora.launches() == counts
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    truth = reference.lora_linear(exact[0], w.double(), exact[1], exact[2], 0.5)
+    for got, true in zip(grads, torch.autograd.grad(truth, exact, torch.ones_like(truth)), strict=True):  # fmt: skip
+        assert (got.double() - true).norm() < 6e-3 * true.norm()
     fastlora.reset_launches()
     fastlora.lora_linear(x[:, 1:].contiguous(), w[:, 1:].contiguous(), a[:, 1:].contiguous(), b)
     assert ("lora_forward", "cuda") not in fastlora.launches()  # K is odd

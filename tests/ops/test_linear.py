@@ -118,6 +118,29 @@ def test_where_one_launch_is_the_faster_way(m, n, r, factors, kind, faster):
     assert fit.miss is None and (fit.slower is None) == faster
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r", "factors", "drops", "faster"),
+    [
+        (1, 4096, 4096, 16, torch.bfloat16, False, True),
+        (256, 14336, 4096, 16, torch.bfloat16, False, True),
+        (128, 64, 4096, 16, torch.float32, False, True),
+        (128, 64, 4096, 64, torch.float32, False, False),
+        (16, 64, 14336, 16, torch.bfloat16, False, False),
+        (512, 64, 4096, 16, torch.bfloat16, False, None),
+        (16, 64, 4096, 128, torch.bfloat16, False, None),
+        (16, 64, 4096, 16, torch.bfloat16, True, None),
+    ],
+)
+def test_where_dx_of_few_rows_is_one_launch(m, n, k, r, factors, drops, faster):
+    """As measured on an H200; None where csrc/few is not for it."""
+    dy, w = torch.empty(m, n, dtype=torch.bfloat16), torch.empty(n, k, dtype=torch.bfloat16)
+    a, b = torch.empty(r, k, dtype=factors), torch.empty(n, r, dtype=factors)
+    state = torch.zeros(2, dtype=torch.int64) if drops else None
+    fit = cuda_backend.dx_fit(dy, w, a, b, state)
+    assert (fit.miss is not None) == (faster is None)
+    assert faster is None or (fit.slower is None) == faster
+
+
 def test_a_backend_that_may_not_run_it_all_is_not_asked(tensors):
     t = tensors
     ask = ("lora", t["x"].device, torch.bfloat16, R, lambda: support.Fit())
