@@ -130,6 +130,8 @@ def explain(layer: Any, x: Tensor) -> str:
             lines.append(_line("gemm", formula, x, rank, backward))
         if rank:
             lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
+    if dx_whole:
+        whole["dX"] = ""  # it is, only the gradients of A and B are not
     lines += [f"  {name} is not one launch: {why}" for name, why in whole.items() if why]
     return "\n".join(lines)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -266,6 +268,18 @@ class TestChoice:
             assert op in text
         with pytest.raises(TypeError, match="2-d weight"):
             fastlora.explain(torch.nn.ReLU(), torch.randn(3))
+
+
+def test_explain_knows_what_is_one_launch(monkeypatch):
+    """As on a Hopper GPU, for few rows: y whole, dX with g, and the gradients of A and B by themselves."""
+    explanation = importlib.import_module("fastlora.ops.explanation")
+    monkeypatch.setattr(
+        explanation, "_why_not_whole", lambda like, rank, fit: fit().miss or fit().slower or ""
+    )
+    layer = fastlora.LoRALinear(64, 64, r=16, dtype=torch.bfloat16)
+    text = fastlora.explain(layer, torch.randn(4, 64).bfloat16())
+    assert text.count("(one launch)") == 2 and "wgrad" in text
+    assert "down" not in text and "gemm" not in text and "not one launch" not in text
 
 
 def test_lazily_negated_tensors_keep_their_sign(strict_backend, device):
