@@ -173,7 +173,7 @@ def test_a_thousand_runs_on_two_streams_without_one_differing_bit():
 
 
 def test_the_mask_may_be_done_at_any_moment_of_a_tile():
-    """Warps of a warpgroup that saw it done at different times once went to different wgmma instructions, and hung."""
+    """Warps that wait for the mask drift apart: one once took the item after next, and its tile was never written."""
     x, w, a, b, _, dy, h = problem(2**18, 16, 512, 16)
     state = torch.tensor([5, 6], device="cuda")
     expected = backward(dy, w, a, b, x, h, state=state)
