@@ -128,7 +128,7 @@ void launch(const FewParams& p, const FewConfig& c, CUstream_st* stream) {
   setup.attrs = &attribute;
   setup.numAttrs = 1;
 
-  // Two CTAs an SM where that lets all of them run at once, else one with twice the ring.
+  // One CTA an SM, with twice the ring, where all of them run at once so; else two.
   static std::array<std::atomic<int>, 256> known{};
   auto* const kernel = sm90::few_kernel<T, Shape>;
   const bool alone = clusters <= resident_clusters(kernel, setup, cluster, known);

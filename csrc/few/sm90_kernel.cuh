@@ -16,9 +16,9 @@
 // Clusters: `splits` CTAs of K times `cluster_m` of rows; the latter share W and A, each loads its
 // part for all (the ring's slots are then free when all of them are done).
 //
-// Shared memory: stages x (x: up to 64 rows, W: kC, A: kN, of 128 bytes each; an fp32 A: kN x 256
-// more), B, barriers. wgmma reads 64 rows of x wherever they end: what it makes of others is not
-// stored.
+// Shared memory: stages x (x: up to 64 rows, W: kC, A: kN, backward 64, of 128 bytes each; the
+// boxes of an fp32 A), B, barriers. wgmma reads 64 rows of x wherever they end: what it makes of
+// others is not stored.
 #pragma once
 
 #include "few/sm90_load.cuh"
@@ -34,16 +34,8 @@ template <class T>
 __device__ __forceinline__ void split_pair(float v0, float v1, uint32_t& high, uint32_t& low) {
   constexpr float kMost = std::is_same_v<T, __half> ? 65504.f : 3.3895313892515355e38f;
   high = pack<T>(fminf(fmaxf(v0, -kMost), kMost), fminf(fmaxf(v1, -kMost), kMost));
-  float h0, h1;
-  if constexpr (std::is_same_v<T, __half>) {
-    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&high));
-    h0 = both.x;
-    h1 = both.y;
-  } else {
-    h0 = __uint_as_float(high << 16);
-    h1 = __uint_as_float(high & 0xFFFF0000);
-  }
-  low = pack<T>(v0 - h0, v1 - h1);
+  const float2 held = unpack<T>(high);
+  low = pack<T>(v0 - held.x, v1 - held.y);
 }
 
 // y, and h where it is stored, straight from the accumulators.
@@ -169,10 +161,7 @@ __device__ __forceinline__ float4 sum_shares(const FewWork<Shape>& work, uint32_
 #pragma unroll
   for (int i = 0; i < kMostSplits; ++i) {
     if (i >= work.args.splits) break;
-    uint32_t from;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(from)
-                 : "r"(work.base + at), "r"(i * work.args.cluster_m + work.row_part));
+    const uint32_t from = address_in(work.base + at, i * work.args.cluster_m + work.row_part);
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(share[i].x), "=f"(share[i].y), "=f"(share[i].z), "=f"(share[i].w)
                  : "r"(from)

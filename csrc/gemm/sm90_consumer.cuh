@@ -13,15 +13,6 @@
 
 namespace fastlora::sm90 {
 
-template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000)};
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  }
-}
-
 // Pairs of bias for the thread's columns: it has two of every eight, from `col` on.
 template <int kPairs>
 __device__ __forceinline__ void load_bias(uint32_t (&pairs)[kPairs], const GemmArgs& args,

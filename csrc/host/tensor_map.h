@@ -1,6 +1,6 @@
 // Tensor maps: how TMA cuts a matrix of global memory into boxes. Encoded on the host and passed to
-// a kernel by value, as a __grid_constant__ parameter. Encoding takes about a
-// microsecond, so maps are kept.
+// a kernel by value, as a __grid_constant__ parameter. Encoding takes about a microsecond, so
+// maps are kept.
 //
 // The encoder is a function of the driver; it is looked up through the CUDA runtime, so that
 // nothing links libcuda.

@@ -11,12 +11,6 @@ namespace fastlora::sm90 {
 
 constexpr int kQueueBytes = 128;
 
-__device__ __forceinline__ uint32_t address_in(uint32_t shared, uint32_t cta) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(cta));
-  return address;
-}
-
 struct ItemQueue {
   uint32_t base;      // shared address: 2 items 16 bytes apart, their barriers
   uint32_t turn = 0;  // items read, or given, so far

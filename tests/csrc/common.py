@@ -1,9 +1,23 @@
-"""Operands for the Hopper kernels, and what a forward pass makes of them in fp64."""
+"""Who runs the tests of the Hopper kernels, their operands, and what a forward pass makes of them in fp64."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
+
+from fastlora.ops import support
+
+
+def needs_hopper(op: str) -> list[pytest.MarkDecorator]:
+    """Marks of a module whose tests want the cuda kernel of ``op``."""
+    missing = None  # without a GPU the gpu marker skips, with its own reason
+    if torch.cuda.is_available():
+        missing = support.miss(op, "cuda", torch.device("cuda", 0), torch.bfloat16, 16)
+    return [
+        pytest.mark.gpu,
+        pytest.mark.skipif(missing is not None, reason=f"not on this GPU: {missing}"),
+    ]
 
 
 def matrix(

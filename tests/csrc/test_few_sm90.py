@@ -5,9 +5,8 @@ import torch
 
 import fastlora
 from fastlora import ops, reference
-from fastlora.ops import support
 from fastlora.testing.compare import assert_accurate
-from tests.csrc.common import matrix, true_forward
+from tests.csrc.common import matrix, needs_hopper, true_forward
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (m, n, k, r): one element, ragged everywhere, fewer rows than a CTA of a cluster, ranks of one block and of more
@@ -31,16 +30,7 @@ CONFIGS = [
 ]
 
 
-def _missing() -> str | None:
-    if not torch.cuda.is_available():
-        return None  # the gpu marker skips these with its own reason
-    return support.miss("lora", "cuda", torch.device("cuda", 0), BF16, 16)
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(_missing() is not None, reason=f"not on this GPU: {_missing()}"),
-]
+pytestmark = needs_hopper("lora")
 
 
 def problem(m, n, k, r, dtype=BF16, factors=None, integers=False):

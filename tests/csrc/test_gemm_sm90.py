@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastlora import _library, ops, reference
-from fastlora.ops import support
 from fastlora.testing.compare import assert_accurate
+from tests.csrc.common import needs_hopper
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TILES = [
@@ -26,16 +26,7 @@ SHAPES = [
 ]
 
 
-def _missing() -> str | None:
-    if not torch.cuda.is_available():
-        return None  # the gpu marker skips these with its own reason
-    return support.miss("gemm", "cuda", torch.device("cuda", 0), BF16, 16)
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(_missing() is not None, reason=f"no gemm for this GPU: {_missing()}"),
-]
+pytestmark = needs_hopper("gemm")
 
 
 def problem(m, n, k, r, mn_major, bias, mask, dtype=BF16, integers=False, device="cuda"):

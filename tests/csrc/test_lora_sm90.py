@@ -11,9 +11,9 @@ import torch
 
 import fastlora
 from fastlora import _library, ops, reference
-from fastlora.ops import cuda_backend, support
+from fastlora.ops import cuda_backend
 from fastlora.testing.compare import assert_accurate
-from tests.csrc.common import matrix, true_forward
+from tests.csrc.common import matrix, needs_hopper, true_forward
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEEP = 62256  # 0.95 of 65536, in 12 bits
@@ -31,16 +31,7 @@ SHAPES = [
 CONFIGS = [None, (128, 256, 3, 2, 1, 1, 3), (256, 128, 3, 1, 2, 1, 8)]
 
 
-def _missing() -> str | None:
-    if not torch.cuda.is_available():
-        return None  # the gpu marker skips these with its own reason
-    return support.miss("lora", "cuda", torch.device("cuda", 0), BF16, 16)
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(_missing() is not None, reason=f"not on this GPU: {_missing()}"),
-]
+pytestmark = needs_hopper("lora")
 
 
 def problem(m, n, k, r, dtype=BF16, factors=None, integers=False):

@@ -12,6 +12,13 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+// Where CTA `cta` of the cluster has what is at this shared address here.
+__device__ __forceinline__ uint32_t address_in(uint32_t shared, uint32_t cta) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(cta));
+  return address;
+}
+
 // A barrier of all threads of the cluster, in two halves. Whole warps must execute it.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

@@ -242,4 +242,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+// And back.
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000)};
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  }
+}
+
 }  // namespace fastlora::sm90
