@@ -84,8 +84,8 @@ PYBIND11_MODULE(_core, m) {
            py::kw_only(), py::arg("clusters"), py::arg("tiles"), py::arg("k"),
            py::arg("row_groups"), py::arg("down"), py::arg("wgrad_b") = 0, py::arg("wgrad_a") = 0);
   py::class_<Share>(m, "Share", "Who makes them.")
-      .def(py::init<int, bool, bool>(), py::arg("helpers"), py::arg("b_early") = false,
-           py::arg("a_early") = false)
+      .def(py::init<int, bool, double>(), py::arg("helpers"), py::arg("b_early") = false,
+           py::arg("a_early") = 0)
       .def_readonly("helpers", &Share::helpers)
       .def_readonly("b_early", &Share::b_early)
       .def_readonly("a_early", &Share::a_early);

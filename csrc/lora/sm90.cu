@@ -1,4 +1,5 @@
 // Launches the kernel of sm90_kernel.cuh: how its work is cut, and which instance to run.
+#include <cmath>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -13,10 +14,12 @@ namespace fastlora {
 namespace {
 
 using sm90::LoraArgs;
+using sm90::LoraDown;
 using sm90::LoraMaps;
 using sm90::LoraWgrad;
 
 constexpr int64_t kLeastSlots = 4;  // of 128, in a run: shorter ones are all ramp
+constexpr int64_t kAnyLength = int64_t{1} << 24;
 constexpr int64_t kMostSlots = 32;  // of `wgrad`, whose results may stay fp32; h is rounded anyway
 
 struct Cut {
@@ -41,6 +44,43 @@ struct Plan {
   LoraSizes sizes{};
 };
 
+// Counters, and memory for partial sums, by their offset.
+struct Room {
+  int64_t counters, float4s = 0;
+
+  // The items of `groups` sums of a cluster, by `warps` in each of its CTAs: a counter and, in
+  // every lane, `values` each.
+  template <class Job>
+  int items(Job& job, int64_t slots, const Cut& cut, int64_t groups, int warps, int values) {
+    check(groups * cut.runs < (int64_t{1} << 24), "lora_sm90: too much work for one launch");
+    job.slots = static_cast<int>(slots);
+    job.runs = static_cast<int>(cut.runs);
+    job.run_slots = static_cast<int>(cut.length);
+    job.first_counter = static_cast<int>(counters);
+    job.partial = reinterpret_cast<float4*>(float4s * sizeof(float4));
+    const int64_t sums = groups * 2 * warps;
+    counters += sums;
+    if (cut.runs > 1) float4s += sums * cut.runs * (values / 4) * 32;
+    return static_cast<int>(groups * cut.runs);
+  }
+
+  // The items that make g and dB of one read: `groups` of rows, `strips` of columns.
+  int both(LoraDown& down, LoraWgrad& d_b, int64_t strips, const Cut& cut, int64_t groups,
+           bool bias) {
+    check(groups * cut.runs < (int64_t{1} << 24), "lora_sm90: too much work for one launch");
+    const auto parts = [&](auto& job, int64_t runs, int64_t slabs, int in_lane) {
+      job.slots = static_cast<int>(strips);
+      job.runs = static_cast<int>(runs);
+      job.partial = reinterpret_cast<float4*>(float4s * sizeof(float4));
+      float4s += slabs * runs * in_lane * 32;
+    };
+    parts(down, cut.runs, groups * sm90::kBothRows / 16, 2);
+    parts(d_b, 2 * groups, strips * sm90::kSlotDepth / 16, bias ? 3 : 2);
+    down.run_slots = static_cast<int>(cut.length);
+    return static_cast<int>(groups * cut.runs);
+  }
+};
+
 // Everything of LoraArgs but the counters and the GEMM's part; partial sums by their offset.
 Plan plan_items(const LoraParams& p, const GemmConfig& config) {
   const GemmParams& gemm = p.gemm;
@@ -56,15 +96,20 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
     args.cast_items += static_cast<int>(ceil_div(p.casts[i].elements, sm90::kCastElements));
   }
 
+  const bool drops = p.rng_state != nullptr;
+  args.both = gemm.w_mn_major && p.d_b != nullptr && ranks == sm90::kBothRanks;
+  const int64_t row_groups = args.both ? ceil_div(gemm.m, sm90::kBothRows) : 0;
+  const int first_counter = args.flags * (drops ? 2 : 1);
+  args.reset = first_counter + static_cast<int>(row_groups);
+
   const int tiles = args.gemm.tiles_m * args.gemm.tiles_n;
   const int64_t read = gemm.m * gemm.k;
-  const Share share =
-      share_work({clusters, tiles, gemm.k + sm90::kBlockK,
-                  ceil_div(args.gemm.tiles_m, args.gemm.group_m), read * args.rank_blocks,
-                  p.d_b == nullptr ? 0 : read, p.d_a == nullptr ? 0 : gemm.m * gemm.n});
+  const Share share = share_work({clusters, tiles, gemm.k + sm90::kBlockK,
+                                  ceil_div(args.gemm.tiles_m, args.gemm.group_m),
+                                  read * args.rank_blocks, p.d_b == nullptr || args.both ? 0 : read,
+                                  p.d_a == nullptr ? 0 : gemm.m * gemm.n});
   args.helpers = share.helpers;
 
-  const bool drops = p.rng_state != nullptr;
   if (drops) {  // of x: K is n in backward
     const int64_t columns = gemm.w_mn_major ? gemm.n : gemm.k;
     args.gemm.mask = p.words;
@@ -79,53 +124,57 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
     check(ceil_div(gemm.m, 32) * args.dropout.row_chunks < (int64_t{1} << 30),
           "lora_sm90: too much work for one launch");
   }
-  int64_t counters = (drops ? 2 : 1) * args.flags, float4s = 0;
-  const auto take = [&](auto& sum, int64_t slots, int64_t groups, bool early, int values,
-                        int64_t most_slots) {
-    const Cut runs = cut(slots, groups, early ? args.helpers : clusters, most_slots);
-    const int64_t items = groups * runs.runs;
-    check(items < (int64_t{1} << 24), "lora_sm90: too much work for one launch");
-    sum.slots = static_cast<int>(slots);
-    sum.runs = static_cast<int>(runs.runs);
-    sum.run_slots = static_cast<int>(runs.length);
-    sum.first_counter = static_cast<int>(counters);
-    sum.partial = reinterpret_cast<float4*>(float4s * sizeof(float4));
-    const int64_t sums = groups * 2 * sm90::kConsumerWarps;
-    counters += sums;
-    if (runs.runs > 1) float4s += sums * runs.runs * (values / 4) * 32;
-    args.limits[early ? 0 : 2] += static_cast<int>(items);
-    return static_cast<int>(items);
-  };
-
-  args.limits[0] = args.cast_items;
-  args.limits[1] = tiles;
-  args.down.out = const_cast<void*>(gemm.h);
-  args.down.scale = p.scale;
-  args.down.scaling = p.scaling;
-  args.down_items = take(args.down, ceil_div(gemm.k, sm90::kSlotDepth),
-                         args.gemm.tiles_m * args.rank_blocks, true, ranks / 2, int64_t{1} << 24);
-
-  const auto wgrad = [&](int i, int64_t columns, void* out, GradType type, int64_t stride_column,
-                         int64_t stride_rank, bool early) {
-    if (out == nullptr) return;
-    LoraWgrad& job = args.wgrad[i];
-    job.out = out;
+  const auto out = [](LoraWgrad& job, int64_t columns, void* data, GradType type,
+                      int64_t stride_column, int64_t stride_rank) {
+    job.out = data;
     job.type = static_cast<int>(type);
     job.stride_column = stride_column;
     job.stride_rank = stride_rank;
     job.columns = static_cast<int>(columns);
-    args.wgrad_items[i] = take(job, ceil_div(gemm.m, sm90::kSlotDepth),
-                               ceil_div(columns, sm90::kUnitRows) * args.rank_blocks, early,
-                               ranks / 2 + 4, kMostSlots);
   };
-  wgrad(0, gemm.k, p.d_b, p.type_b, gemm.rank, 1, share.b_early);
-  wgrad(1, gemm.n, p.d_a, p.type_a, 1, gemm.n, share.a_early);
+  args.down.out = const_cast<void*>(gemm.h);
+  args.down.scale = p.scale;
+  args.down.scaling = p.scaling;
+  out(args.wgrad[0], gemm.k, p.d_b, p.type_b, gemm.rank, 1);
+  out(args.wgrad[1], gemm.n, p.d_a, p.type_a, 1, gemm.n);
+
+  Room room{args.reset};
+  const int64_t strips = ceil_div(gemm.k, sm90::kSlotDepth);
+  const int64_t depth = ceil_div(gemm.m, sm90::kSlotDepth);
+  if (args.both) {
+    args.down.first_counter = first_counter;
+    // All helpers share the first rows, whose g is wanted first.
+    args.down_items =
+        room.both(args.down, args.wgrad[0], strips, cut(strips, 1, args.helpers, kAnyLength),
+                  row_groups, p.d_bias != nullptr);
+  } else {
+    args.down_items =
+        room.items(args.down, strips,
+                   cut(strips, args.gemm.tiles_m * args.rank_blocks, args.helpers, kAnyLength),
+                   args.gemm.tiles_m * args.rank_blocks, sm90::kConsumerWarps, ranks / 2);
+  }
+  // Of all the items of a gradient the first `early` of 1 are the helpers'.
+  args.limits[0] = args.cast_items + args.down_items;
+  args.limits[1] = tiles;
+  const auto wgrad = [&](int i, double early) {
+    LoraWgrad& job = args.wgrad[i];
+    const int64_t groups = ceil_div(job.columns, sm90::kUnitRows) * args.rank_blocks;
+    const int items =
+        room.items(job, depth, cut(depth, groups, early == 1 ? args.helpers : clusters, kMostSlots),
+                   groups, sm90::kConsumerWarps, ranks / 2 + 4);
+    const int first = static_cast<int>(std::lround(early * items));
+    args.limits[0] += first;
+    args.limits[2] += items - first;
+    args.wgrad_items[i] = items;
+  };
+  if (p.d_b != nullptr && !args.both) wgrad(0, share.b_early ? 1 : 0);
+  if (p.d_a != nullptr) wgrad(1, share.a_early);
   args.wgrad[0].bias = p.d_bias;
   args.wgrad[0].bias_type = static_cast<int>(p.type_bias);
   args.helpers = std::min(args.helpers, args.limits[0]);
 
-  plan.sizes.counters = static_cast<int64_t>(sizeof(sm90::LoraCounters) / 4) + counters;
-  plan.sizes.workspace_bytes = float4s * static_cast<int64_t>(sizeof(float4));
+  plan.sizes.counters = static_cast<int64_t>(sizeof(sm90::LoraCounters) / 4) + room.counters;
+  plan.sizes.workspace_bytes = room.float4s * static_cast<int64_t>(sizeof(float4));
   return plan;
 }
 

@@ -9,18 +9,26 @@
 //
 // Threads and the ring as in the GEMM; skinny items go through the same ring (sm90_skinny.cuh).
 // With dropout the three warps beside the producer make the mask of x (sm90_words.cuh); it is
-// applied to x on its way to h and dA, and to g A before dX is stored. Takes: m >= 1; n, k and rank
-// multiples of 8, rank up to 512 (64 with dropout); kN, 16 or 64, ranks at a time. Shared memory:
-// the GEMM's, the queue's 128 bytes, 512 bytes of ones.
+// applied to x on its way to h and dA, and to g A before dX is stored. Backward, up to 16 ranks,
+// they add up dB (sm90_both.cuh). Takes: m >= 1; n, k and rank multiples of 8, rank up to 512 (64
+// with dropout); kN, 16 or 64, ranks at a time. Shared memory: the GEMM's, the queue's 128 bytes,
+// 512 bytes of ones.
 #pragma once
 
+#include "common/sm90/copy_async.cuh"
 #include "gemm/sm90_kernel.cuh"
+#include "lora/sm90_both.cuh"
 #include "lora/sm90_queue.cuh"
 #include "lora/sm90_skinny.cuh"
 
 namespace fastlora::sm90 {
 
 constexpr int kOnesBytes = 512;
+template <int kN, bool kBackward>
+constexpr bool kMayBoth = kBackward && kN == kBothRanks;
+template <int kN, bool kBackward>  // of the queue, in each CTA: consumers, the producer, who tells
+constexpr int kReaders = kConsumerWarps + (kMayBoth<kN, kBackward> ? 2 : 1);
+constexpr int kWrittenOffset = 64;  // behind the queue: a count
 template <bool kDrop>  // the mask's makers need more: 88 + 2 * 208 = 56 + 2 * 224 = 3 * 168
 constexpr int kLoraProducerRegisters = kDrop ? 88 : 56;
 template <bool kDrop>
@@ -49,6 +57,13 @@ __device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const Lora
       continue;
     }
     const bool down = !kBackward || item.job == Job::kDown;
+    if constexpr (kMayBoth<kN, kBackward>) {
+      if (down && args.both) {
+        wait_casts(args);
+        produce_both(maps, args, ring, item, cta, give);
+        continue;
+      }
+    }
     int first;
     const int slots = down ? slots_of(args.down, item.next, first)
                            : slots_of(args.wgrad[item.product], item.next, first);
@@ -100,7 +115,7 @@ __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraAr
     const Item item = queue.template next<true>();
     if (item.job == Job::kEnd) break;
     if (item.job == Job::kTile) {
-      if constexpr (kDrop) consumer.forget();
+      if constexpr (kDrop || kMayBoth<kN, kBackward>) consumer.forget();
       int row = item.at, col = item.next;
       shift_tile<Tile>(args.gemm, cta, row, col);
       row += consumer.part_row();
@@ -131,6 +146,12 @@ __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraAr
         consumer.store(bias, row, col);
       }
     } else if (item.job == Job::kDown) {
+      if constexpr (kMayBoth<kN, kBackward>) {
+        if (args.both) {
+          both_item<T>(args, item, cta, ones, queue_base + kWrittenOffset, consumer);
+          continue;
+        }
+      }
       down_item<T, kN, kBackward, kDrop>(args, item, cta, consumer);
     } else if (item.job == Job::kCast) {
       cast_item<T>(args, item.at, cta, consumer_warp, lane);
@@ -158,18 +179,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int cluster = args.gemm.cluster_m * args.gemm.cluster_n;
   const int cta = cluster_rank();
   if (kBackward && threadIdx.x < kOnesBytes / 4) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(ones + threadIdx.x * 4), "r"(pack<T>(1.f, 1.f))
-                 : "memory");
+    store_shared(ones + threadIdx.x * 4, pack<T>(1.f, 1.f));
     fence_proxy_async();
   }
-  start_ring<Tile>(base, cluster, maps.gemm, [&] { ItemQueue{queue}.init(cluster); });
+  start_ring<Tile>(base, cluster, maps.gemm, [&] {
+    ItemQueue{queue}.init(kReaders<kN, kBackward>, cluster);
+    store_shared(queue + kWrittenOffset, 0);
+  });
 
   if (warp < 4) {
     registers_decrease<kLoraProducerRegisters<kDrop>>();
     if (warp == 0 && lane == 0) {
       produce_items<Tile, kN, kBackward>(maps, args, base, queue, cta);
-    } else if (kDrop && warp > 0) {
-      make_words(args, lane);
+    } else if (kMayBoth<kN, kBackward> && warp == 1) {
+      tell_parts(args, ItemQueue{queue}, queue + kWrittenOffset, lane);
+    } else if (warp > 0) {
+      if constexpr (kDrop) make_words(args, lane);
+      if constexpr (kMayBoth<kN, kBackward>) {
+        if (args.both) sum_both<T>(args, lane);
+      }
     }
   } else {
     registers_increase<kLoraConsumerRegisters<kDrop>>();
@@ -184,8 +212,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   __threadfence();
   if (atomicAdd(&counters.done, 1) != gridDim.x - 1) return;
   __threadfence();
-  for (int i = 0; i < (kDrop ? 2 : 1) * args.flags; ++i) counters.flags[i] = 0;
+  for (int i = 0; i < args.reset; ++i) counters.flags[i] = 0;
   counters.arrived = counters.done = counters.cast = counters.rows = counters.words = 0;
+  counters.parts = counters.sums = 0;
   for (uint32_t& next : counters.next) next = 0;
 }
 

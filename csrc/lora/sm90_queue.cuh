@@ -20,10 +20,11 @@ struct ItemQueue {
   __device__ __forceinline__ uint32_t empty() const { return base + 48 + turn % 2 * 8; }
   __device__ __forceinline__ uint32_t phase() const { return turn / 2 % 2; }
 
-  __device__ __forceinline__ void init(int cluster) const {
+  // `readers` in each CTA.
+  __device__ __forceinline__ void init(int readers, int cluster) const {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(base + 32 + i * 8, 1);
-      mbarrier_init(base + 48 + i * 8, (kConsumerWarps + 1) * cluster);
+      mbarrier_init(base + 48 + i * 8, readers * cluster);
     }
   }
 
@@ -43,7 +44,7 @@ struct ItemQueue {
     ++turn;
   }
 
-  // By every reader: the producer's thread, or all lanes of a consumer warp.
+  // By every reader: the producer's thread, or all lanes of another warp.
   template <bool kWarp>
   __device__ __forceinline__ Item next() {
     if constexpr (!kWarp) mbarrier_arrive_expect(full(), 16);

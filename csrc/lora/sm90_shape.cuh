@@ -1,8 +1,9 @@
 // What the two halves of the low-rank linear (sm90_kernel.cuh) agree on: its items, and the order
 // in which clusters of two CTAs claim them.
 //
-//   early   casts of fp32 factors, then `down` from the first rows on, then what `wgrad` there is
-//           time for: the first `helpers` clusters to start do these before anything else
+//   early   casts of fp32 factors, then `down` from the first rows on (backward with few ranks dB
+//           comes of the same read, sm90_both.cuh), then what `wgrad` there is time for: the first
+//           `helpers` clusters to start do these before anything else
 //   tiles   of y: all other clusters begin with these
 //   late    the rest of `wgrad`, when no tiles are left
 //
@@ -16,6 +17,7 @@
 namespace fastlora::sm90 {
 
 constexpr int kUnitRows = 256;   // rows of an item of `down`, columns of one of `wgrad`: 128 a CTA
+constexpr int kBothRows = 1024;  // of an item that makes g and dB of one read of dY
 constexpr int kSlotDepth = 128;  // of the sum in a slot of the ring: two pieces of 64
 constexpr int kPieceBytes = 16384;    // of 128 rows or columns, 64 deep
 constexpr int kNarrowOffset = 32768;  // of the other operand in the slot
@@ -30,8 +32,11 @@ struct LoraCounters {
   uint32_t cast;     // warps that have cast their share
   uint32_t rows;     // warps that have written their rows of `down`, all together
   uint32_t words;    // chunks of the mask claimed
-  // The same for each 128 rows; then, with dropout, the chunks of their mask that are made; then,
-  // of the sums, their parts.
+  uint32_t parts;    // if dB is made with g: CTAs whose parts are written, over all items
+  uint32_t sums;     // and sums claimed
+  // `rows` for each 128 of them; then, with dropout, the chunks of their mask that are made; then,
+  // if dB is made with g, `parts` for each 1024 rows: so far LoraArgs.reset of them. Then, of other
+  // sums, their parts.
   uint32_t flags[];
 };
 
@@ -57,7 +62,7 @@ struct LoraDown {
   int first_counter;
 };
 
-// dB = dY^T h, then dA = g^T x.
+// dB = dY^T h, then dA = g^T x. If dB is made with g, it has `runs` parts of `slots` x 128 columns.
 struct LoraWgrad {
   void* out;
   void* bias;                          // sums over rows, or null
@@ -84,7 +89,8 @@ struct LoraArgs {
   LoraCounters* counters;
   LoraDropout dropout;
   int rank_blocks;
-  int flags;
+  int flags, reset;
+  bool both;  // g and dB are made of one read of dY
   LoraCast casts[2];
   LoraDown down;
   LoraWgrad wgrad[2];
@@ -112,7 +118,8 @@ __device__ __forceinline__ Item decode(const LoraArgs& args, int item) {
   item -= args.cast_items;
   if (item < args.down_items) {
     const int block = item / args.down.runs;
-    return {Job::kDown, block / args.rank_blocks * kUnitRows, item % args.down.runs,
+    const int rows = args.both ? kBothRows : kUnitRows;
+    return {Job::kDown, block / args.rank_blocks * rows, item % args.down.runs,
             block % args.rank_blocks, 0};
   }
   item -= args.down_items;

@@ -168,6 +168,56 @@ __device__ __forceinline__ void sum_masked_slots(Consumer& consumer, int slots, 
   }
 }
 
+__device__ __forceinline__ float scale_of(const LoraDown& job) {
+  return job.scaling == nullptr ? job.scale : job.scale * __ldg(job.scaling);
+}
+
+// A warp's 16 rows of h, from row0, and of its ranks those from rank0 on.
+template <class T, int kValues>
+__device__ __forceinline__ void store_rows(const LoraArgs& args, const float (&acc)[kValues],
+                                           int row0, int rank0, float factor, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + half * 8 + lane / 4;
+    if (row >= args.gemm.m) continue;
+    T* const out = static_cast<T*>(args.down.out) + int64_t{row} * args.gemm.rank;
+#pragma unroll
+    for (int j = 0; j < kValues / 4; ++j) {
+      const int rank = rank0 + lane % 4 * 2 + j * 8;
+      if (rank >= args.gemm.rank) continue;
+      *reinterpret_cast<uint32_t*>(out + rank) =
+          pack<T>(acc[4 * j + 2 * half] * factor, acc[4 * j + 2 * half + 1] * factor);
+    }
+  }
+}
+
+// The same of a gradient's columns. With kBias the last 4 of `all` are the bias', of which the
+// first and third are sums.
+template <int kN, bool kBias, int kValues>
+__device__ __forceinline__ void store_columns(const LoraArgs& args, int product,
+                                              const float (&all)[kValues], int column0, int rank0,
+                                              int lane) {
+  const LoraWgrad& job = args.wgrad[product];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column = column0 + half * 8 + lane / 4;
+    if (column >= job.columns) continue;
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const int rank = rank0 + lane % 4 * 2 + j * 8;
+      if (rank >= args.gemm.rank) continue;
+      const int64_t at = column * job.stride_column + rank * job.stride_rank;
+      store_as(job.out, at, all[4 * j + 2 * half], job.type);
+      store_as(job.out, at + job.stride_rank, all[4 * j + 2 * half + 1], job.type);
+    }
+    if constexpr (kBias) {
+      if (lane % 4 == 0) {
+        store_as(job.bias, column, all[kN / 2 + 2 * half], job.bias_type);
+      }
+    }
+  }
+}
+
 template <class T, int kN, bool kBackward, bool kDrop, class Consumer>
 __device__ __forceinline__ void down_item(const LoraArgs& args, const Item& item, int cta,
                                           Consumer& consumer) {
@@ -215,21 +265,7 @@ __device__ __forceinline__ void down_item(const LoraArgs& args, const Item& item
                       args.counters->flags + job.first_counter, lane)) {
     return;
   }
-  const float factor = job.scaling == nullptr ? job.scale : job.scale * __ldg(job.scaling);
-  const int rank0 = item.rank_block * kN + lane % 4 * 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = row0 + consumer_warp * 16 + half * 8 + lane / 4;
-    if (row >= args.gemm.m) continue;
-    T* const out = static_cast<T*>(job.out) + int64_t{row} * args.gemm.rank;
-#pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      const int rank = rank0 + j * 8;
-      if (rank >= args.gemm.rank) continue;
-      *reinterpret_cast<uint32_t*>(out + rank) =
-          pack<T>(acc[4 * j + 2 * half] * factor, acc[4 * j + 2 * half + 1] * factor);
-    }
-  }
+  store_rows<T>(args, acc, row0 + consumer_warp * 16, item.rank_block * kN, scale_of(job), lane);
   if (row0 < args.gemm.m) {
     announce(args.counters->flags + row0 / 128, &args.counters->rows, lane);
   }
@@ -295,25 +331,8 @@ __device__ __forceinline__ void wgrad_item(const LoraArgs& args, const Item& ite
                           args.counters->flags + job.first_counter, lane)) {
     return;
   }
-  const int rank0 = item.rank_block * kN + lane % 4 * 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column = item.at + cta * 128 + consumer_warp * 16 + half * 8 + lane / 4;
-    if (column >= job.columns) continue;
-#pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-      const int rank = rank0 + j * 8;
-      if (rank >= args.gemm.rank) continue;
-      const int64_t at = column * job.stride_column + rank * job.stride_rank;
-      store_as(job.out, at, all[4 * j + 2 * half], job.type);
-      store_as(job.out, at + job.stride_rank, all[4 * j + 2 * half + 1], job.type);
-    }
-    if constexpr (kBias) {
-      if (lane % 4 == 0) {
-        store_as(job.bias, column, all[kN / 2 + 2 * half], job.bias_type);
-      }
-    }
-  }
+  store_columns<kN, kBias>(args, item.product, all, item.at + cta * 128 + consumer_warp * 16,
+                           item.rank_block * kN, lane);
 }
 
 // A warp's share of a cast: 512 elements.

@@ -15,6 +15,7 @@ constexpr double kTileUsPerK = 44.0 / 4096;  // power decides the clock, the clo
 constexpr double kClusterElements = 98e3 / 2, kMemoryElements = 4.2e6 / 2;  // in a us
 constexpr double kContention = 0.09e-6;  // us that all lose by an element streamed beside tiles
 constexpr double kPassUs = 4;  // until the first item of a pass streams, and its last sum is there
+constexpr int kParts = 8;      // in which dA is shared
 constexpr std::array<int, 7> kHelpers = {8, 6, 12, 16, 4, 24, 33};
 
 double stream_us(double elements, int helpers) {
@@ -30,10 +31,13 @@ double estimate(const LinearWork& work, const Share& share) {
         "LinearWork: clusters, tiles, k and row_groups must be positive, passes not negative");
   check(share.helpers >= 1 && share.helpers <= work.clusters,
         "Share: helpers must be 1 to the number of clusters, got ", share.helpers);
+  check(share.a_early >= 0 && share.a_early <= 1, "Share: a_early must be 0 to 1, got ",
+        share.a_early);
   const double tile = static_cast<double>(work.k) * kTileUsPerK;
   double early = static_cast<double>(work.down), late = 0;
   (share.b_early ? early : late) += static_cast<double>(work.wgrad_b);
-  (share.a_early ? early : late) += static_cast<double>(work.wgrad_a);
+  early += share.a_early * static_cast<double>(work.wgrad_a);
+  late += (1 - share.a_early) * static_cast<double>(work.wgrad_a);
   const double early_us = stream_us(early, share.helpers);
   const int others = work.clusters - share.helpers;
 
@@ -62,7 +66,8 @@ double estimate(const LinearWork& work, const Share& share) {
 }
 
 Share share_work(const LinearWork& work) {
-  Share best{work.clusters, false, false};
+  const bool no_b = work.wgrad_b == 0;
+  Share best{work.clusters, no_b, 0};
   double least = estimate(work, best);
   const auto consider = [&](const Share& share) {
     const double us = estimate(work, share);
@@ -70,13 +75,16 @@ Share share_work(const LinearWork& work) {
     least = us;
     best = share;
   };
-  for (const bool early : {false, true}) {
+  for (const bool b_early : {false, true}) {
+    if (no_b && !b_early) continue;
+    const int most_a = b_early && work.wgrad_a > 0 ? kParts : 0;
     for (const int helpers : kHelpers) {
       if (helpers > work.clusters) continue;
-      consider({helpers, early, false});
-      if (early) consider({helpers, true, true});
+      for (int a = 0; a <= most_a; ++a) {
+        consider({helpers, b_early, static_cast<double>(a) / kParts});
+      }
     }
-    consider({work.clusters, early, early});
+    consider({work.clusters, b_early, b_early ? 1. : 0.});
   }
   return best;
 }

@@ -166,7 +166,7 @@ def test_the_best_share_can_run_and_none_is_better(work):
     clusters = next(n for n in range(100, 0, -1) if _accepts(work, n))
     assert 1 <= best.helpers <= clusters
     for helpers in {4, 8, 16, 33, clusters} & set(range(1, clusters + 1)):
-        for early in ((False, False), (True, False), (True, True)):
+        for early in ((False, 0), (True, 0), (True, 0.5), (True, 1)):
             assert least <= _core.estimate(work, _core.Share(helpers, *early)) + 0.6
 
 
@@ -196,6 +196,8 @@ def test_bad_work_is_refused():
     work = _core.LinearWork(clusters=4, tiles=1, k=64, row_groups=1, down=0)
     with pytest.raises(ValueError, match="helpers must be"):
         _core.estimate(work, _core.Share(5))
+    with pytest.raises(ValueError, match="a_early must be 0 to 1"):
+        _core.estimate(work, _core.Share(4, True, 1.5))
 
 
 # ---- How a linear of few rows is cut -------------------------------------------------------------------------
