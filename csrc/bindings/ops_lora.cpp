@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -130,17 +131,22 @@ struct Call {
     const LoraSizes sizes = lora_sm90_sizes(params, chosen);
     const Tensor workspace = new_empty({sizes.workspace_bytes}, ScalarType::Byte, x);
     Tensor counters = workspace;  // alive until the launch
+    std::optional<StreamCounters> kept;
     if (is_capturing(stream)) {
       counters = new_empty({sizes.counters}, ScalarType::Int, x);
       params.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
       zero_async(params.counters, sizes.counters * 4, stream);
     } else {
-      params.counters = zeros_of_stream(device, stream, sizes.counters);
+      kept.emplace(device, stream, sizes.counters);
+      params.counters = kept->zeros();
+      params.used = kept->used();
+      params.used_count = kept->used_count();
     }
     const Tensor words = new_empty({sizes.words}, ScalarType::Int, x);
     params.words = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
     params.workspace = workspace.mutable_data_ptr();
     lora_sm90(params, chosen, stream);
+    if (kept.has_value()) kept->launched();
   }
 };
 

@@ -43,19 +43,19 @@ __device__ __forceinline__ void load_step(const Ring<Tile>& ring, const GemmArgs
   }
 }
 
-// All steps of a tile. `midway` is called halfway through x, `before_rank` before the first load of
-// h and L.
-template <class Tile, bool kMnMajor, bool kMasked, class Midway, class BeforeRank>
+// All steps of a tile. `ahead` is called at every one (of how many), `before_rank` before the first
+// load of h and L.
+template <class Tile, bool kMnMajor, bool kMasked, class Ahead, class BeforeRank>
 __device__ __forceinline__ void produce_tile(const GemmMaps& maps, const GemmArgs& args,
                                              Ring<Tile>& ring, int cta, int row, int col,
-                                             Midway midway, BeforeRank before_rank) {
+                                             Ahead& ahead, BeforeRank before_rank) {
   const int steps = args.k_steps + args.rank_steps;
   const int first_low = kMasked ? 0 : args.k_steps;
   for (int step = 0; step < steps; ++step) {
     const bool low = kMasked ? step < args.rank_steps : step >= args.k_steps;
     const int skipped = low == kMasked ? 0 : kMasked ? args.rank_steps : args.k_steps;
     if (low && step == first_low) before_rank();
-    if (step == args.k_steps / 2) midway();
+    ahead(step, steps);
     mbarrier_wait(ring.empty(), ring.phase ^ 1);
     load_step<Tile, kMnMajor>(ring, args, low ? &maps.h : &maps.x, low ? &maps.l : &maps.w,
                               (step - skipped) * kBlockK, row, col, cta);
@@ -67,10 +67,11 @@ template <class Tile, bool kMnMajor, bool kMasked>
 __device__ __forceinline__ void produce(const GemmMaps& maps, const GemmArgs& args, uint32_t base,
                                         int cta, int first, int stride) {
   Ring<Tile> ring{base};
+  const auto nothing = [](int, int) {};
   for (int tile = first; tile < args.tiles_m * args.tiles_n; tile += stride) {
     int row, col;
     locate<Tile>(args, tile, cta, row, col);
-    produce_tile<Tile, kMnMajor, kMasked>(maps, args, ring, cta, row, col, [] {}, [] {});
+    produce_tile<Tile, kMnMajor, kMasked>(maps, args, ring, cta, row, col, nothing, [] {});
   }
 }
 

@@ -54,9 +54,10 @@ struct LoraParams {
   uint32_t* words = nullptr;  // LoraSizes.words of memory for the mask
 
   void* workspace = nullptr;  // for partial sums, a multiple of 16
-  // All zero before the launch, and again after it. Launches that may run at the same time need
-  // different ones.
+  // All zero before the launch. Launches that may run at the same time need different ones.
   uint32_t* counters = nullptr;
+  uint32_t* used = nullptr;  // of launches that are over: the kernel zeroes these
+  int64_t used_count = 0;
 };
 
 struct LoraSizes {

@@ -6,6 +6,7 @@
 
 #include "common/philox.cuh"
 #include "gemm/sm90_launch.cuh"
+#include "host/counters.h"
 #include "lora/lora.h"
 #include "lora/sm90_kernel.cuh"
 #include "plan/share.h"
@@ -100,7 +101,6 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
   args.both = gemm.w_mn_major && p.d_b != nullptr && ranks == sm90::kBothRanks;
   const int64_t row_groups = args.both ? ceil_div(gemm.m, sm90::kBothRows) : 0;
   const int first_counter = args.flags * (drops ? 2 : 1);
-  args.reset = first_counter + static_cast<int>(row_groups);
 
   const int tiles = args.gemm.tiles_m * args.gemm.tiles_n;
   const int64_t read = gemm.m * gemm.k;
@@ -138,7 +138,7 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
   out(args.wgrad[0], gemm.k, p.d_b, p.type_b, gemm.rank, 1);
   out(args.wgrad[1], gemm.n, p.d_a, p.type_a, 1, gemm.n);
 
-  Room room{args.reset};
+  Room room{first_counter + row_groups};
   const int64_t strips = ceil_div(gemm.k, sm90::kSlotDepth);
   const int64_t depth = ceil_div(gemm.m, sm90::kSlotDepth);
   if (args.both) {
@@ -256,26 +256,41 @@ void zero_async(void* data, int64_t bytes, CUstream_st* stream) {
   check_cuda(cudaMemsetAsync(data, 0, bytes, stream), "cudaMemsetAsync");
 }
 
-uint32_t* zeros_of_stream(int device, CUstream_st* stream, int64_t count) {
-  struct Zeros {
-    uint32_t* data = nullptr;
-    int64_t count = 0;
-  };
+struct StreamCounters::Sets {
+  std::mutex mutex;
+  uint32_t* data[2] = {nullptr, nullptr};
+  int64_t capacity = 0;
+  int next = 0;
+  int64_t used = 0;  // of the other
+};
+
+StreamCounters::Sets& StreamCounters::of(int device, CUstream_st* stream) {
   static std::mutex mutex;
-  static auto& known = *new std::map<std::pair<int, CUstream_st*>, Zeros>;  // never destroyed
+  static auto& known = *new std::map<std::pair<int, CUstream_st*>, Sets>;  // never destroyed
   const std::lock_guard<std::mutex> lock(mutex);
-  Zeros& zeros = known[{device, stream}];
-  if (zeros.count >= count) return zeros.data;
-  Zeros grown;
-  grown.count = std::max<int64_t>(8192, 2 * count);
+  return known[{device, stream}];
+}
+
+StreamCounters::StreamCounters(int device, CUstream_st* stream, int64_t count)
+    : sets_(of(device, stream)), count_(count), lock_(sets_.mutex) {
+  if (sets_.capacity >= count) return;
+  // What the stream had before is not freed: together it is smaller than this.
+  const int64_t capacity = std::max<int64_t>(8192, 2 * count);
   void* data = nullptr;
-  check_cuda(cudaMallocAsync(&data, grown.count * 4, stream), "cudaMallocAsync");
-  grown.data = static_cast<uint32_t*>(data);
-  zero_async(grown.data, grown.count * 4, stream);
-  // What it had before is not freed: another thread may be about to launch with it. All of them
-  // together are smaller than the last.
-  zeros = grown;
-  return zeros.data;
+  check_cuda(cudaMallocAsync(&data, 2 * capacity * 4, stream), "cudaMallocAsync");
+  zero_async(data, 2 * capacity * 4, stream);
+  sets_.data[0] = static_cast<uint32_t*>(data);
+  sets_.data[1] = sets_.data[0] + capacity;
+  sets_.capacity = capacity;
+  sets_.used = 0;
+}
+
+uint32_t* StreamCounters::zeros() const { return sets_.data[sets_.next]; }
+uint32_t* StreamCounters::used() const { return sets_.data[1 - sets_.next]; }
+int64_t StreamCounters::used_count() const { return sets_.used; }
+void StreamCounters::launched() {
+  sets_.used = count_;
+  sets_.next = 1 - sets_.next;
 }
 
 LoraSizes lora_sm90_sizes(const LoraParams& params, const GemmConfig& config) {
@@ -287,6 +302,8 @@ void lora_sm90(const LoraParams& params, const GemmConfig& config, CUstream_st* 
   check_lora(params, config);
   LoraArgs args = plan_items(params, config).args;
   args.counters = reinterpret_cast<sm90::LoraCounters*>(params.counters);
+  args.used = params.used;
+  args.used_count = params.used_count;
   const auto place = [&](float4*& partial) {
     partial = reinterpret_cast<float4*>(static_cast<char*>(params.workspace) +
                                         reinterpret_cast<intptr_t>(partial));

@@ -49,15 +49,15 @@ __device__ __forceinline__ void load_both(const LoraMaps& maps, const Ring<Tile>
   }
 }
 
-template <class Tile, class Give>
+template <class Tile, class Ahead>
 __device__ __forceinline__ void produce_both(const LoraMaps& maps, const LoraArgs& args,
                                              Ring<Tile>& ring, const Item& item, int cta,
-                                             Give give) {
+                                             Ahead& ahead) {
   int first;
   const int strips = slots_of(args.down, item.next, first), blocks = both_blocks(args, item.at);
   for (int i = 0; i < strips; ++i) {
-    if (i == strips / 2) give();
     for (int block = 0; block < blocks; ++block) {
+      ahead(i * blocks + block, strips * blocks);
       mbarrier_wait(ring.empty(), ring.phase ^ 1);
       load_both(maps, ring, item.at + block * kUnitRows + cta * 128, (first + i) * kSlotDepth);
       ring.advance();

@@ -36,41 +36,60 @@ constexpr int kLoraConsumerRegisters = kDrop ? 208 : 224;
 template <class Tile>
 constexpr int kLoraSharedBytes = Tile::kSharedBytes + kQueueBytes + kOnesBytes;
 
-// Loads items until there are no more. `give` claims the next item and hands it on, while the ring
-// is full: so nobody waits for it.
-template <class Tile, int kN, bool kBackward, class Give>
+// Claims items and hands them to both CTAs: one ahead, in the middle of the item in hand.
+template <class Tile>
+struct Giver {
+  const LoraArgs& args;
+  ItemQueue queue;
+  Claims claims;
+
+  __device__ __forceinline__ void give(int item) {
+    queue.give(decode<Tile>(args, item), args.gemm.cluster_m * args.gemm.cluster_n);
+  }
+  // At every step of an item: the claim comes back while steps are loaded.
+  __device__ __forceinline__ void operator()(int step, int steps) {
+    if (step == steps / 2) claims.start();
+    if (step == min(steps / 2 + 4, steps - 1)) give(claims.finish());
+  }
+};
+
+// Loads items until there are no more. `ahead` sees to the next ones.
+template <class Tile, int kN, bool kBackward, class Ahead>
 __device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const LoraArgs& args,
-                                                Ring<Tile>& ring, RowsWait& wait_rows,
-                                                ItemQueue& readers, int cta, Give give) {
+                                                uint32_t base, uint32_t queue, int cta,
+                                                Ahead& ahead) {
+  Ring<Tile> ring{base};
+  RowsWait wait_rows{args};
+  ItemQueue readers{queue};
   while (true) {
     const Item item = readers.template next<false>();
     if (item.job == Job::kEnd) return;
     if (item.job == Job::kTile) {
       int row = item.at, col = item.next;
       shift_tile<Tile>(args.gemm, cta, row, col);
-      produce_tile<Tile, kBackward, false>(maps.gemm, args.gemm, ring, cta, row, col, give,
+      produce_tile<Tile, kBackward, false>(maps.gemm, args.gemm, ring, cta, row, col, ahead,
                                            [&] { wait_rows(row, row + Tile::kM); });
       continue;
     }
     if (item.job == Job::kCast) {
-      give();
+      ahead(0, 1);
       continue;
     }
     const bool down = !kBackward || item.job == Job::kDown;
+    if (down) wait_casts(args);
     if constexpr (kMayBoth<kN, kBackward>) {
       if (down && args.both) {
-        wait_casts(args);
-        produce_both(maps, args, ring, item, cta, give);
+        produce_both(maps, args, ring, item, cta, ahead);
         continue;
       }
     }
     int first;
     const int slots = down ? slots_of(args.down, item.next, first)
                            : slots_of(args.wgrad[item.product], item.next, first);
-    if (down) wait_casts(args);
     if (!down && item.product == 1) wait_rows(first * kSlotDepth, (first + slots) * kSlotDepth);
     const int at = item.at + cta * 128, rank0 = item.rank_block * kN;
     for (int i = 0; i < slots; ++i) {
+      ahead(i, slots);
       mbarrier_wait(ring.empty(), ring.phase ^ 1);
       if (down) {
         load_skinny<Tile, kN, false, kBackward>(maps, ring, 0, (first + i) * kSlotDepth, at, rank0);
@@ -79,28 +98,21 @@ __device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const Lora
                                                at, rank0);
       }
       ring.advance();
-      if (i == slots / 2) give();
     }
   }
 }
 
+// `arrival`: clusters that arrived before, for CTA 0.
 template <class Tile, int kN, bool kBackward>
 __device__ __forceinline__ void produce_items(const LoraMaps& maps, const LoraArgs& args,
-                                              uint32_t base, uint32_t queue_base, int cta) {
-  const GemmArgs& gemm = args.gemm;
-  const int cluster = gemm.cluster_m * gemm.cluster_n;
-  Ring<Tile> ring{base};
-  RowsWait wait_rows{args};
-  ItemQueue readers{queue_base};
+                                              uint32_t base, uint32_t queue, int cta, int arrival) {
   if (cta == 0) {
-    ItemQueue giver{queue_base};
-    Claims claims{args};
-    giver.give(decode<Tile>(args, claims.first()), cluster);
-    produce_claimed<Tile, kN, kBackward>(maps, args, ring, wait_rows, readers, cta, [&] {
-      giver.give(decode<Tile>(args, claims.next()), cluster);
-    });
+    Giver<Tile> giver{args, {queue}, {args}};
+    giver.give(giver.claims.first(arrival));
+    produce_claimed<Tile, kN, kBackward>(maps, args, base, queue, cta, giver);
   } else {
-    produce_claimed<Tile, kN, kBackward>(maps, args, ring, wait_rows, readers, cta, [] {});
+    const auto nothing = [](int, int) {};
+    produce_claimed<Tile, kN, kBackward>(maps, args, base, queue, cta, nothing);
   }
 }
 
@@ -168,6 +180,14 @@ __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraAr
   if (lane == 0) tma_wait<0>();
 }
 
+// The counters of launches before this one, by the three warps beside every producer.
+__device__ __forceinline__ void zero_used(const LoraArgs& args, int warp, int lane) {
+  for (int64_t i = (int64_t{blockIdx.x} * 3 + warp) * 32 + lane; i < args.used_count;
+       i += int64_t{gridDim.x} * 3 * 32) {
+    args.used[i] = 0;
+  }
+}
+
 template <class T, class Tile, int kN, bool kBackward, bool kDrop>
 __global__ void __launch_bounds__(kThreads, 1)
     lora_kernel(const __grid_constant__ LoraMaps maps, const __grid_constant__ LoraArgs args) {
@@ -182,6 +202,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     store_shared(ones + threadIdx.x * 4, pack<T>(1.f, 1.f));
     fence_proxy_async();
   }
+  int arrival = 0;  // on its way while everything is prepared
+  if (threadIdx.x == 0 && cta == 0) {
+    arrival = static_cast<int>(atomicAdd(&args.counters->arrived, 1));
+  }
   start_ring<Tile>(base, cluster, maps.gemm, [&] {
     ItemQueue{queue}.init(kReaders<kN, kBackward>, cluster);
     store_shared(queue + kWrittenOffset, 0);
@@ -189,8 +213,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp < 4) {
     registers_decrease<kLoraProducerRegisters<kDrop>>();
+    if (warp > 0) zero_used(args, warp - 1, lane);
     if (warp == 0 && lane == 0) {
-      produce_items<Tile, kN, kBackward>(maps, args, base, queue, cta);
+      produce_items<Tile, kN, kBackward>(maps, args, base, queue, cta, arrival);
     } else if (kMayBoth<kN, kBackward> && warp == 1) {
       tell_parts(args, ItemQueue{queue}, queue + kWrittenOffset, lane);
     } else if (warp > 0) {
@@ -205,17 +230,6 @@ __global__ void __launch_bounds__(kThreads, 1)
                                                  lane);
   }
   end_together(cluster);
-
-  // The last CTA leaves the counters as it found them; those of sums were reset with the sums.
-  if (threadIdx.x != 0) return;
-  LoraCounters& counters = *args.counters;
-  __threadfence();
-  if (atomicAdd(&counters.done, 1) != gridDim.x - 1) return;
-  __threadfence();
-  for (int i = 0; i < args.reset; ++i) counters.flags[i] = 0;
-  counters.arrived = counters.done = counters.cast = counters.rows = counters.words = 0;
-  counters.parts = counters.sums = 0;
-  for (uint32_t& next : counters.next) next = 0;
 }
 
 }  // namespace fastlora::sm90

@@ -62,47 +62,57 @@ struct ItemQueue {
   }
 };
 
-// Claims of one cluster, each a microsecond long.
+// Claims of one cluster. They take a microsecond each, so that they come in two: what is started is
+// finished later.
 struct Claims {
-  enum Kind { kEarly, kTiles, kLate };
+  enum Kind { kEarly, kTiles, kLate, kNone };
   const LoraArgs& args;
   bool helper = false;
-  bool left[3] = {true, true, true};
+  Kind kind = kEarly;
+  uint32_t claimed = 0;
 
   // The clusters that arrive first; never more than there are.
   __device__ __forceinline__ int helpers() const {
     return min(args.helpers, static_cast<int>(gridDim.x / 2));
   }
 
-  // The number of the next item of a kind, or -1.
-  __device__ __forceinline__ int claim(Kind kind) {
-    if (!left[kind]) return -1;
-    // A cluster that is no helper has brought a tile when it arrived. Early items are never
-    // anybody's before they are claimed: tiles wait for them, and clusters may be late.
-    const int brought = kind == kTiles ? static_cast<int>(gridDim.x / 2) - helpers() : 0;
-    return number(kind, brought + static_cast<int>(atomicAdd(&args.counters->next[kind], 1)));
+  // The number of an item of the current kind; where there are no more of it, -1, and the next kind
+  // is current.
+  __device__ __forceinline__ int number(int index) {
+    const bool there = index < args.limits[kind];
+    const int before =
+        kind == kEarly ? 0 : args.limits[kEarly] + (kind == kTiles ? args.limits[kLate] : 0);
+    if (!there) kind = static_cast<Kind>(kind + 1);
+    return there ? before + index : -1;
   }
 
-  __device__ __forceinline__ int number(Kind kind, int index) {
-    left[kind] = index < args.limits[kind];
-    if (!left[kind]) return -1;
-    if (kind == kEarly) return index;
-    return index + args.limits[kEarly] + (kind == kTiles ? args.limits[kLate] : 0);
-  }
-
-  __device__ __forceinline__ int first() {
-    const int arrival = static_cast<int>(atomicAdd(&args.counters->arrived, 1));
+  // Of `arrival` clusters before this one. A cluster that is no helper brings a tile. Early items
+  // are never anybody's before they are claimed: tiles wait for them, and clusters may be late.
+  __device__ __forceinline__ int first(int arrival) {
     helper = arrival < helpers();
-    const int item = helper ? -1 : number(kTiles, arrival - helpers());
-    return item >= 0 ? item : next();
+    if (!helper) {
+      kind = kTiles;
+      const int item = number(arrival - helpers());
+      if (item >= 0) return item;
+    }
+    start();
+    return finish();
   }
 
-  // The number of the next item, or -1 when there are no more. Nobody claims an early item after a
-  // tile: the tile in hand may be waiting for that very item.
-  __device__ __forceinline__ int next() {
-    int item = helper ? claim(kEarly) : -1;
-    if (item < 0) item = claim(kTiles);
-    return item >= 0 ? item : claim(kLate);
+  // Nobody claims an early item after a tile: the tile in hand may be waiting for that very item.
+  __device__ __forceinline__ void start() {
+    if (kind != kNone) claimed = atomicAdd(&args.counters->next[kind], 1);
+  }
+
+  // The number of the next item, or -1 when there are no more.
+  __device__ __forceinline__ int finish() {
+    while (kind != kNone) {
+      const int brought = kind == kTiles ? static_cast<int>(gridDim.x / 2) - helpers() : 0;
+      const int item = number(brought + static_cast<int>(claimed));
+      if (item >= 0) return item;
+      start();
+    }
+    return -1;
   }
 };
 

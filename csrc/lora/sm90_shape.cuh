@@ -24,19 +24,17 @@ constexpr int kNarrowOffset = 32768;  // of the other operand in the slot
 constexpr int kNarrowBytes = 8192;    // a piece of it, at most 64 ranks
 constexpr int kCastElements = 8192;   // of an item: 512 a warp
 
-// All zero before and after every launch.
+// All zero before a launch.
 struct LoraCounters {
   uint32_t arrived;  // clusters that have started
   uint32_t next[3];  // claimed of early items, of tiles beyond those of the arrivals, of late items
-  uint32_t done;     // CTAs that are
   uint32_t cast;     // warps that have cast their share
   uint32_t rows;     // warps that have written their rows of `down`, all together
   uint32_t words;    // chunks of the mask claimed
   uint32_t parts;    // if dB is made with g: CTAs whose parts are written, over all items
   uint32_t sums;     // and sums claimed
   // `rows` for each 128 of them; then, with dropout, the chunks of their mask that are made; then,
-  // if dB is made with g, `parts` for each 1024 rows: so far LoraArgs.reset of them. Then, of other
-  // sums, their parts.
+  // if dB is made with g, `parts` for each 1024 rows; then, of other sums, their parts.
   uint32_t flags[];
 };
 
@@ -87,9 +85,11 @@ struct LoraDropout {
 struct LoraArgs {
   GemmArgs gemm;
   LoraCounters* counters;
+  uint32_t* used;
+  int64_t used_count;
   LoraDropout dropout;
   int rank_blocks;
-  int flags, reset;
+  int flags;
   bool both;  // g and dB are made of one read of dY
   LoraCast casts[2];
   LoraDown down;

@@ -67,7 +67,6 @@ __device__ __forceinline__ bool add_up(float (&acc)[kValues], float4* partial, i
   before = __shfl_sync(0xFFFFFFFF, before, 0);
   if (before != static_cast<uint32_t>(runs - 1)) return false;
   __threadfence();
-  if (lane == 0) counters[sum] = 0;  // as it was before the launch
 #pragma unroll
   for (int i = 0; i < kValues; ++i) acc[i] = 0;
 #pragma unroll 1
