@@ -116,6 +116,35 @@ __device__ __forceinline__ void produce_items(const LoraMaps& maps, const LoraAr
   }
 }
 
+template <class T, int kN, bool kBackward, bool kDrop, class Consumer>
+__device__ __forceinline__ void consume_skinny(const LoraArgs& args, const Item& item, int cta,
+                                               uint32_t ones, uint32_t written,
+                                               Consumer& consumer) {
+  if (item.job == Job::kCast) {
+    cast_item<T>(args, item.at, cta, consumer.group * 4 + consumer.warp, consumer.lane);
+    return;
+  }
+  if (item.job == Job::kDown) {
+    if constexpr (kMayBoth<kN, kBackward>) {
+      if (args.both) {
+        both_item<T>(args, item, cta, ones, written, consumer);
+        return;
+      }
+    }
+    down_item<T, kN, kBackward, kDrop>(args, item, cta, consumer);
+    return;
+  }
+  if constexpr (kBackward) {
+    if (args.wgrad[item.product].bias != nullptr && item.rank_block == 0) {
+      wgrad_item<T, kN, true, false>(args, item, cta, ones, consumer);
+    } else if (kDrop && item.product == 1) {
+      wgrad_item<T, kN, false, kDrop>(args, item, cta, ones, consumer);
+    } else {
+      wgrad_item<T, kN, false, false>(args, item, cta, ones, consumer);
+    }
+  }
+}
+
 template <class T, class Tile, int kN, bool kBackward, bool kDrop>
 __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraArgs& args,
                                               uint32_t base, uint32_t queue_base, uint32_t ones,
@@ -123,58 +152,45 @@ __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraAr
   Consumer<T, Tile, kBackward, false> consumer(maps.gemm, args.gemm, base, consumer_warp, lane);
   ItemQueue queue{queue_base};
   [[maybe_unused]] bool words_made = false;  // all of the mask
-  while (true) {
-    const Item item = queue.template next<true>();
-    if (item.job == Job::kEnd) break;
-    if (item.job == Job::kTile) {
-      if constexpr (kDrop || kMayBoth<kN, kBackward>) consumer.forget();
-      int row = item.at, col = item.next;
-      shift_tile<Tile>(args.gemm, cta, row, col);
-      row += consumer.part_row();
-      col += consumer.part_col();
-      uint32_t bias[Tile::kGroupN / 8] = {};  // dX has none
-      if constexpr (!kBackward) load_bias(bias, args.gemm, col + lane % 4 * 2);
-      if constexpr (kDrop && kBackward) {
-        MaskBits<Tile> mask;
-        const int mask_row = row + consumer.warp * 16 + lane / 4;
-        words_made = words_made || all_words_are_there(args, consumer.group);
-        const bool loaded = words_made && consumer.base_steps_with(mask, mask_row, col);
-        if (!words_made) consumer.base_steps(false);
-        consumer.finish();
-        if (!loaded) {
-          wait_words(args, row, row + 1, lane);
-          mask.load(args.gemm, mask_row, col, lane);
-        }
-        mbarrier_wait(consumer.ring.full(), consumer.ring.phase);
-        consumer.store(bias, row, col, [&](int j, int slab_column, float (&low)[32]) {
-          consumer.masked_rank(low, mask, j, slab_column);
-        });
-        consumer.ring.advance();
-        consumer.release(consumer.ring.previous_empty());
-      } else {
-        consumer.base_steps(false);
-        consumer.rank_steps(true);
-        consumer.finish();
-        consumer.store(bias, row, col);
+  Item item = queue.template next<true>();
+  while (item.job != Job::kEnd) {
+    if (item.job != Job::kTile) {
+      consume_skinny<T, kN, kBackward, kDrop>(args, item, cta, ones, queue_base + kWrittenOffset,
+                                              consumer);
+      item = queue.template next<true>();
+      continue;
+    }
+    if constexpr (kDrop) consumer.forget();
+    int row = item.at, col = item.next;
+    shift_tile<Tile>(args.gemm, cta, row, col);
+    row += consumer.part_row();
+    col += consumer.part_col();
+    uint32_t bias[Tile::kGroupN / 8] = {};  // dX has none
+    if constexpr (!kBackward) load_bias(bias, args.gemm, col + lane % 4 * 2);
+    if constexpr (kDrop && kBackward) {
+      MaskBits<Tile> mask;
+      const int mask_row = row + consumer.warp * 16 + lane / 4;
+      words_made = words_made || all_words_are_there(args, consumer.group);
+      const bool loaded = words_made && consumer.base_steps_with(mask, mask_row, col);
+      if (!words_made) consumer.base_steps(false);
+      consumer.finish();
+      if (!loaded) {
+        wait_words(args, row, row + 1, lane);
+        mask.load(args.gemm, mask_row, col, lane);
       }
-    } else if (item.job == Job::kDown) {
-      if constexpr (kMayBoth<kN, kBackward>) {
-        if (args.both) {
-          both_item<T>(args, item, cta, ones, queue_base + kWrittenOffset, consumer);
-          continue;
-        }
-      }
-      down_item<T, kN, kBackward, kDrop>(args, item, cta, consumer);
-    } else if (item.job == Job::kCast) {
-      cast_item<T>(args, item.at, cta, consumer_warp, lane);
-    } else if constexpr (kBackward) {
-      if (args.wgrad[item.product].bias != nullptr && item.rank_block == 0) {
-        wgrad_item<T, kN, true, false>(args, item, cta, ones, consumer);
-      } else if (kDrop && item.product == 1) {
-        wgrad_item<T, kN, false, kDrop>(args, item, cta, ones, consumer);
-      } else {
-        wgrad_item<T, kN, false, false>(args, item, cta, ones, consumer);
-      }
+      item = queue.template next<true>();
+      mbarrier_wait(consumer.ring.full(), consumer.ring.phase);
+      consumer.store(bias, row, col, [&](int j, int slab_column, float (&low)[32]) {
+        consumer.masked_rank(low, mask, j, slab_column);
+      });
+      consumer.ring.advance();
+      consumer.release(consumer.ring.previous_empty());
+    } else {
+      consumer.base_steps(false);
+      consumer.rank_steps(true);
+      consumer.finish();
+      item = queue.template next<true>();  // nothing waits for it while the tile is stored
+      consumer.store(bias, row, col);
     }
   }
   if (lane == 0) tma_wait<0>();
