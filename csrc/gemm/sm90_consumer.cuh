@@ -88,7 +88,8 @@ struct MaskBits {
   }
 };
 
-template <class T, class Tile, bool kMnMajor, bool kMasked>
+// Slots with h and L are kRankDepth deep: 64, or 16 for ranks up to 16.
+template <class T, class Tile, bool kMnMajor, bool kMasked, int kRankDepth = kBlockK>
 struct Consumer {
   const GemmMaps& maps;
   const GemmArgs& args;
@@ -135,42 +136,39 @@ struct Consumer {
     }
   }
 
-  // Starts the multiplication of the first kPieces x 16 of k of the slot.
-  // `accumulate` false: the accumulators start from zero.
-  template <int kPieces>
-  __device__ __forceinline__ void multiply(uint64_t from_x, uint64_t from_w, bool accumulate) {
+  // Where the warpgroup's operands in the slot begin, which is kDepth deep.
+  template <int kDepth>
+  __device__ __forceinline__ uint64_t from_x(int j = 0) const {
+    const int row = (Tile::kSplitN ? 0 : group * Tile::kGroupM) + j * 64;
+    return descriptor_k_major<kDepth>(ring.x() + row * kDepth * 2);
+  }
+  template <int kDepth>
+  __device__ __forceinline__ uint64_t from_w() const {
+    const int col = Tile::kSplitN ? group * Tile::kGroupN : 0;
+    return kMnMajor ? descriptor_mn_major(ring.w() + col * kRowBytes, kSlabBytes)
+                    : descriptor_k_major<kDepth>(ring.w() + col * kDepth * 2);
+  }
+
+  // One slot of the ring, kDepth deep, or the first kPieces x 16 of it: leaves its multiplication
+  // in flight; the slot before it is then free. `accumulate` false: the accumulators start from
+  // zero.
+  template <int kDepth, int kPieces = kDepth / 16>
+  __device__ __forceinline__ void step(bool accumulate, bool first) {
     constexpr uint64_t kNextW = kMnMajor ? kNextK16MnMajor : kNextK16;
+    const uint64_t x = from_x<kDepth>(), w = from_w<kDepth>();
+    mbarrier_wait(ring.full(), ring.phase);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
 #pragma unroll
       for (int j = 0; j < Tile::kWgmmas; ++j) {
         Wgmma<Tile::kGroupN>::template ss<T, 0, kMnMajor>(
-            acc[j], from_x + i * kNextK16 + j * (kSlabBytes >> 4), from_w + i * kNextW,
+            acc[j], x + i * kNextK16 + j * (64 * kDepth * 2 >> 4), w + i * kNextW,
             accumulate || i > 0);
       }
     }
     wgmma_commit();
     wgmma_wait<1>();
-  }
-
-  // One slot of the ring, leaving its multiplication in flight; the slot before it is then free.
-  template <bool kWhole>
-  __device__ __forceinline__ void step(int pieces, bool accumulate, bool first) {
-    const uint32_t x = ring.x() + (Tile::kSplitN ? 0 : group * Tile::kGroupM * kRowBytes);
-    const uint32_t w = ring.w() + (Tile::kSplitN ? group * Tile::kGroupN * kRowBytes : 0);
-    const uint64_t from_x = descriptor_k_major(x);
-    const uint64_t from_w = kMnMajor ? descriptor_mn_major(w, kSlabBytes) : descriptor_k_major(w);
-    mbarrier_wait(ring.full(), ring.phase);
-    if (kWhole || pieces == 4) {  // straight-line code each: a loop makes ptxas serialise wgmma
-      multiply<4>(from_x, from_w, accumulate);
-    } else if (pieces == 3) {
-      multiply<3>(from_x, from_w, accumulate);
-    } else if (pieces == 2) {
-      multiply<2>(from_x, from_w, accumulate);
-    } else {
-      multiply<1>(from_x, from_w, accumulate);
-    }
     if (!first) release(ring.previous_empty());
     ring.advance();
   }
@@ -184,7 +182,7 @@ struct Consumer {
 
   __device__ __forceinline__ void base_steps(bool accumulate) {
 #pragma unroll 1
-    for (int i = 0; i < args.k_steps; ++i) step<true>(4, accumulate || i > 0, i == 0);
+    for (int i = 0; i < args.k_steps; ++i) step<kBlockK>(accumulate || i > 0, i == 0);
   }
 
   // All of them, and the mask meanwhile: its words are under way while the tensor cores work. False
@@ -197,14 +195,14 @@ struct Consumer {
       return false;
     }
 #pragma unroll 1
-    for (int i = 0; i < before; ++i) step<true>(4, i > 0, i == 0);
+    for (int i = 0; i < before; ++i) step<kBlockK>(i > 0, i == 0);
 #pragma unroll 1
     for (int i = 0; i < kRounds; ++i) {
       constexpr int kEach = MaskBits<Tile>::kRegisters;
       uint32_t words[8];
       mask.fetch(words, args, row, col, i / kEach, i % kEach);
-      step<true>(4, true, false);
-      step<true>(4, true, false);
+      step<kBlockK>(true, false);
+      step<kBlockK>(true, false);
       mask.shift_in(words, row, lane);
     }
     return true;
@@ -213,8 +211,21 @@ struct Consumer {
   __device__ __forceinline__ void rank_steps(bool accumulate) {
 #pragma unroll 1
     for (int i = 0; i < args.rank_steps; ++i) {
-      const int pieces = min(4, (args.rank - i * kBlockK + 15) / 16);
-      step<false>(pieces, accumulate || i > 0, !accumulate && i == 0);
+      const bool more = accumulate || i > 0, first = !accumulate && i == 0;
+      if constexpr (kRankDepth == 16) {
+        step<16>(more, first);
+      } else {
+        const int pieces = min(4, (args.rank - i * kBlockK + 15) / 16);
+        if (pieces == 4) {  // straight-line code each: a loop makes ptxas serialise wgmma
+          step<kBlockK>(more, first);
+        } else if (pieces == 3) {
+          step<kBlockK, 3>(more, first);
+        } else if (pieces == 2) {
+          step<kBlockK, 2>(more, first);
+        } else {
+          step<kBlockK, 1>(more, first);
+        }
+      }
     }
   }
 
@@ -222,14 +233,12 @@ struct Consumer {
   template <int kPieces>
   __device__ __forceinline__ void rank_product(float (&low)[32], int j, int slab_column) const {
     static_assert(kMnMajor && !Tile::kSplitN);
-    const uint64_t from_x =
-        descriptor_k_major(ring.x() + group * Tile::kGroupM * kRowBytes + j * kSlabBytes);
-    const uint64_t from_w = descriptor_mn_major(ring.w() + slab_column * kSlabBytes, kSlabBytes);
+    const uint64_t x = from_x<kRankDepth>(j);
+    const uint64_t w = descriptor_mn_major(ring.w() + slab_column * kSlabBytes, kSlabBytes);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      Wgmma<64>::template ss<T, 0, 1>(low, from_x + i * kNextK16, from_w + i * kNextK16MnMajor,
-                                      i > 0);
+      Wgmma<64>::template ss<T, 0, 1>(low, x + i * kNextK16, w + i * kNextK16MnMajor, i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -240,7 +249,7 @@ struct Consumer {
   __device__ __forceinline__ void masked_rank(float (&low)[32], const MaskBits<Tile>& mask, int j,
                                               int slab_column) const {
     const int pieces = (args.rank + 15) / 16;
-    if (pieces == 1) {
+    if (kRankDepth == 16 || pieces == 1) {
       rank_product<1>(low, j, slab_column);
     } else if (pieces == 2) {
       rank_product<2>(low, j, slab_column);

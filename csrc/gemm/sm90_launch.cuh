@@ -52,22 +52,25 @@ inline void check_gemm(const GemmParams& p, const GemmConfig& c) {
         "gemm_sm90: group_m and num_sms must be positive");
 }
 
-inline GemmMaps encode_maps(const GemmParams& p, const GemmConfig& c) {
+// h and L in boxes rank_depth deep.
+inline GemmMaps encode_maps(const GemmParams& p, const GemmConfig& c, int rank_depth = kBlockK) {
   const ElementType type = p.half ? ElementType::kFloat16 : ElementType::kBfloat16;
+  const auto swizzle = [](int depth) { return depth == 16 ? Swizzle::k32 : Swizzle::k128; };
   // A cluster that shares an operand loads it in halves.
-  const auto left = [&](const void* data, int64_t cols, int64_t pitch) {
-    return tensor_map_2d(data, type, p.m, cols, pitch, c.block_m / c.cluster_n, kBlockK);
+  const auto left = [&](const void* data, int64_t cols, int64_t pitch, int depth) {
+    return tensor_map_2d(data, type, p.m, cols, pitch, c.block_m / c.cluster_n, depth,
+                         swizzle(depth));
   };
-  const auto right = [&](const void* data, int64_t depth, int64_t pitch) {
-    return p.w_mn_major
-               ? tensor_map_2d(data, type, depth, p.n, pitch, kBlockK, 64)
-               : tensor_map_2d(data, type, p.n, depth, pitch, c.block_n / c.cluster_m, kBlockK);
+  const auto right = [&](const void* data, int64_t rows, int64_t pitch, int depth) {
+    return p.w_mn_major ? tensor_map_2d(data, type, rows, p.n, pitch, depth, 64)
+                        : tensor_map_2d(data, type, p.n, rows, pitch, c.block_n / c.cluster_m,
+                                        depth, swizzle(depth));
   };
   GemmMaps maps;
-  maps.x = left(p.x, p.k, p.x_pitch);
-  maps.w = right(p.w, p.k, p.w_pitch);
-  maps.h = p.rank > 0 ? left(p.h, p.rank, p.h_pitch) : maps.x;
-  maps.l = p.rank > 0 ? right(p.l, p.rank, p.l_pitch) : maps.w;
+  maps.x = left(p.x, p.k, p.x_pitch, kBlockK);
+  maps.w = right(p.w, p.k, p.w_pitch, kBlockK);
+  maps.h = p.rank > 0 ? left(p.h, p.rank, p.h_pitch, rank_depth) : maps.x;
+  maps.l = p.rank > 0 ? right(p.l, p.rank, p.l_pitch, rank_depth) : maps.w;
   maps.y = tensor_map_2d(p.y, type, p.m, p.n, p.y_pitch, 16, 64);
   return maps;
 }

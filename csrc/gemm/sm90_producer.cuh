@@ -10,20 +10,22 @@ namespace fastlora::sm90 {
 // No load carries an L2 cache policy: with one (even "evict normal") the SMs that ask for the same
 // box at the same time are no longer served together, and L2 traffic doubles.
 
-// One step of the ring: k .. k + 63 of x and W (or of h and L).
-template <class Tile, bool kMnMajor>
+// One step of the ring: k .. k + 63 of x and W, or of h and L, of which kDepth 16 loads 16.
+template <class Tile, bool kMnMajor, int kDepth>
 __device__ __forceinline__ void load_step(const Ring<Tile>& ring, const GemmArgs& args,
                                           const CUtensorMap* x, const CUtensorMap* w, int k,
                                           int row, int col, int cta) {
   constexpr uint16_t kBoth = 3;
   const uint32_t full = ring.full();
-  mbarrier_arrive_expect(full, Tile::kStageBytes);  // boxes count whole, also beyond the edges
+  constexpr int kBytes = kDepth * 2;  // of a row
+  // Boxes count whole, also beyond the edges.
+  mbarrier_arrive_expect(full, (Tile::kM + Tile::kN) * kBytes);
 
   if (args.cluster_n == 1) {
     tma_load_2d(ring.x(), x, full, k, row);
   } else {
     const int half = cta * (Tile::kM / 2);
-    tma_load_2d_multicast(ring.x() + half * kRowBytes, x, full, k, row + half, kBoth);
+    tma_load_2d_multicast(ring.x() + half * kBytes, x, full, k, row + half, kBoth);
   }
 
   if constexpr (kMnMajor) {  // one box for every 64 columns; two CTAs take turns
@@ -39,13 +41,13 @@ __device__ __forceinline__ void load_step(const Ring<Tile>& ring, const GemmArgs
     tma_load_2d(ring.w(), w, full, k, col);
   } else {
     const int half = cta * (Tile::kN / 2);
-    tma_load_2d_multicast(ring.w() + half * kRowBytes, w, full, k, col + half, kBoth);
+    tma_load_2d_multicast(ring.w() + half * kBytes, w, full, k, col + half, kBoth);
   }
 }
 
-// All steps of a tile. `ahead` is called at every one (of how many), `before_rank` before the first
-// load of h and L.
-template <class Tile, bool kMnMajor, bool kMasked, class Ahead, class BeforeRank>
+// All steps of a tile, the rank's kRankDepth deep. `ahead` is called at every one (of how many),
+// `before_rank` before the first load of h and L.
+template <class Tile, bool kMnMajor, bool kMasked, int kRankDepth, class Ahead, class BeforeRank>
 __device__ __forceinline__ void produce_tile(const GemmMaps& maps, const GemmArgs& args,
                                              Ring<Tile>& ring, int cta, int row, int col,
                                              Ahead& ahead, BeforeRank before_rank) {
@@ -57,8 +59,12 @@ __device__ __forceinline__ void produce_tile(const GemmMaps& maps, const GemmArg
     if (low && step == first_low) before_rank();
     ahead(step, steps);
     mbarrier_wait(ring.empty(), ring.phase ^ 1);
-    load_step<Tile, kMnMajor>(ring, args, low ? &maps.h : &maps.x, low ? &maps.l : &maps.w,
-                              (step - skipped) * kBlockK, row, col, cta);
+    const int k = (step - skipped) * kBlockK;
+    if (low) {
+      load_step<Tile, kMnMajor, kRankDepth>(ring, args, &maps.h, &maps.l, k, row, col, cta);
+    } else {
+      load_step<Tile, kMnMajor, kBlockK>(ring, args, &maps.x, &maps.w, k, row, col, cta);
+    }
     ring.advance();
   }
 }
@@ -71,7 +77,7 @@ __device__ __forceinline__ void produce(const GemmMaps& maps, const GemmArgs& ar
   for (int tile = first; tile < args.tiles_m * args.tiles_n; tile += stride) {
     int row, col;
     locate<Tile>(args, tile, cta, row, col);
-    produce_tile<Tile, kMnMajor, kMasked>(maps, args, ring, cta, row, col, nothing, [] {});
+    produce_tile<Tile, kMnMajor, kMasked, kBlockK>(maps, args, ring, cta, row, col, nothing, [] {});
   }
 }
 

@@ -187,7 +187,7 @@ LoraMaps encode_lora_maps(const LoraParams& p, const GemmConfig& config) {
     return tensor_map_2d(data, type, rows, gemm.rank, pitch, 64, ranks, swizzle);
   };
   LoraMaps maps;
-  maps.gemm = sm90::encode_maps(gemm, config);
+  maps.gemm = sm90::encode_maps(gemm, config, ranks);
   maps.factor = gemm.w_mn_major
                     ? narrow(p.factor, gemm.k, p.factor_pitch)
                     : tensor_map_2d(p.factor, type, gemm.rank, gemm.k, p.factor_pitch, ranks, 64);

@@ -67,8 +67,8 @@ __device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const Lora
     if (item.job == Job::kTile) {
       int row = item.at, col = item.next;
       shift_tile<Tile>(args.gemm, cta, row, col);
-      produce_tile<Tile, kBackward, false>(maps.gemm, args.gemm, ring, cta, row, col, ahead,
-                                           [&] { wait_rows(row, row + Tile::kM); });
+      produce_tile<Tile, kBackward, false, kN>(maps.gemm, args.gemm, ring, cta, row, col, ahead,
+                                               [&] { wait_rows(row, row + Tile::kM); });
       continue;
     }
     if (item.job == Job::kCast) {
@@ -149,7 +149,7 @@ template <class T, class Tile, int kN, bool kBackward, bool kDrop>
 __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraArgs& args,
                                               uint32_t base, uint32_t queue_base, uint32_t ones,
                                               int cta, int consumer_warp, int lane) {
-  Consumer<T, Tile, kBackward, false> consumer(maps.gemm, args.gemm, base, consumer_warp, lane);
+  Consumer<T, Tile, kBackward, false, kN> consumer(maps.gemm, args.gemm, base, consumer_warp, lane);
   ItemQueue queue{queue_base};
   [[maybe_unused]] bool words_made = false;  // all of the mask
   Item item = queue.template next<true>();
