@@ -7,6 +7,7 @@
 #include "common/philox.cuh"
 #include "gemm/sm90_launch.cuh"
 #include "host/counters.h"
+#include "host/switches.h"
 #include "lora/lora.h"
 #include "lora/sm90_kernel.cuh"
 #include "plan/share.h"
@@ -98,16 +99,21 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
   }
 
   const bool drops = p.rng_state != nullptr;
-  args.both = gemm.w_mn_major && p.d_b != nullptr && ranks == sm90::kBothRanks;
+  args.both = gemm.w_mn_major && p.d_b != nullptr && ranks == sm90::kBothRanks &&
+              !switched_off("one_read");
   const int64_t row_groups = args.both ? ceil_div(gemm.m, sm90::kBothRows) : 0;
   const int first_counter = args.flags * (drops ? 2 : 1);
 
   const int tiles = args.gemm.tiles_m * args.gemm.tiles_n;
   const int64_t read = gemm.m * gemm.k;
-  const Share share = share_work({clusters, tiles, gemm.k + sm90::kBlockK,
-                                  ceil_div(args.gemm.tiles_m, args.gemm.group_m),
-                                  read * args.rank_blocks, p.d_b == nullptr || args.both ? 0 : read,
-                                  p.d_a == nullptr ? 0 : gemm.m * gemm.n});
+  const LinearWork work{clusters,
+                        tiles,
+                        gemm.k + sm90::kBlockK,
+                        ceil_div(args.gemm.tiles_m, args.gemm.group_m),
+                        read * args.rank_blocks,
+                        p.d_b == nullptr || args.both ? 0 : read,
+                        p.d_a == nullptr ? 0 : gemm.m * gemm.n};
+  const Share share = switched_off("beside") ? Share{clusters, false, 0} : share_work(work);
   args.helpers = share.helpers;
 
   if (drops) {  // of x: K is n in backward

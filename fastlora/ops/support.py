@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import _library
+from .. import _library, switches
 
 OPS = ("mask", "down", "gemm", "wgrad")
 BACKENDS = ("cuda", "triton", "torch")
@@ -105,6 +105,8 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
 @functools.lru_cache(maxsize=4096)
 def miss(op: str, backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     """Why ``backend`` cannot run ``op`` on this problem; None when it can."""
+    if op == "lora" and switches.off("one_launch"):
+        return "one_launch is switched off by FASTLORA_OFF"
     for row in ROWS:
         if (row.op, row.backend) != (op, backend):
             continue

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from ..ops.support import interpreting
+from ..switches import off
 
 
 @functools.cache
@@ -64,7 +65,7 @@ def run(
     Triton binds and specialises its arguments in Python at every launch, which takes as long as a small kernel. So the
     compiled kernel of a specialisation is kept and launched directly.
     """
-    chain = not interpreting() and capability(device) >= (9, 0)
+    chain = not interpreting() and capability(device) >= (9, 0) and not off("dependent_launch")
     constants = {**constants, "CHAIN": chain}
     with _on_device(device):
         if interpreting():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import _library, ops, reference
-from fastlora.ops import cuda_backend
+from fastlora import _library, ops, reference, switches
+from fastlora.ops import cuda_backend, support
 from fastlora.testing.compare import assert_accurate
 from tests.csrc.common import matrix, needs_hopper, true_forward
 
@@ -27,6 +27,7 @@ SHAPES = [
     (1513, 264, 520, 80),
     (257, 136, 4104, 512),
     (2048, 4096, 1024, 64),
+    (2100, 1160, 384, 8),
 ]
 CONFIGS = [None, (128, 256, 3, 2, 1, 1, 3), (256, 128, 3, 1, 2, 1, 8)]
 
@@ -103,6 +104,20 @@ def test_dropped_integers_are_exact(shape, factors, keep):
     assert torch.equal(d_a, (g.double().t() @ dropped.double()).to(factors))
     assert torch.equal(d_b, (dy.double().t() @ h.double()).to(factors))
     assert torch.equal(d_bias, dy.double().sum(0).to(BF16))
+
+
+@pytest.mark.parametrize("step", ["one_read", "beside", "beside, one_read"])
+@pytest.mark.parametrize("shape", [SHAPES[3], (2048, 4096, 1024, 16)])
+def test_steps_can_be_switched_off(shape, step, monkeypatch):
+    x, w, a, b, bias, dy, h = problem(*shape, integers=True)
+    whole = (*forward(x, w, a, b, bias), *backward(dy, w, a, b, x, h, bias=1))
+    real = problem(*shape, factors=FP32)
+    usual = backward(real[5], *real[1:4], real[0], real[6])[2]
+    monkeypatch.setenv("FASTLORA_OFF", step)
+    without = (*forward(x, w, a, b, bias), *backward(dy, w, a, b, x, h, bias=1))
+    assert all(map(torch.equal, without, whole))
+    if "one_read" in step:  # other parts of the sum: other roundings
+        assert not torch.equal(backward(real[5], *real[1:4], real[0], real[6])[2], usual)
 
 
 def test_only_what_is_asked_for():
@@ -194,7 +209,7 @@ def test_a_graph_replays_with_new_inputs_beside_eager_calls():
             assert torch.equal(ours, truth)
 
 
-def test_a_layer_runs_it_and_nothing_else():
+def test_a_layer_runs_it_and_nothing_else(monkeypatch):
     x, w, a, b, bias, dy, _ = problem(4096, 2048, 512, 16, factors=FP32)
     leaves = [t.requires_grad_() for t in (x.contiguous(), a, b, bias)]
     with fastlora.backend("cuda", strict=True):
@@ -208,6 +223,12 @@ def test_a_layer_runs_it_and_nothing_else():
     fastlora.reset_launches()
     fastlora.lora_linear(leaves[0], w, leaves[1], leaves[2], 0.5)  # the dispatcher's own choice
     assert fastlora.launches() == {("lora_forward", "cuda"): 1}
+    fastlora.reset_launches()
+    support.miss.cache_clear()
+    monkeypatch.setattr(switches, "_OFF", frozenset({"one_launch"}))
+    fastlora.lora_linear(leaves[0], w, leaves[1], leaves[2], 0.5)
+    support.miss.cache_clear()
+    assert fastlora.launches().keys() == {("down", "triton"), ("gemm", "cuda")}
 
 
 @pytest.mark.parametrize(

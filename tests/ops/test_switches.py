@@ -1,0 +1,44 @@
+"""FASTLORA_OFF: what it names, and what it refuses."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastlora import switches
+from fastlora.ops import support
+
+
+def test_names_are_read_and_others_refused():
+    assert switches._parsed("") == frozenset()
+    assert switches._parsed(" one_read, beside,") == {"one_read", "beside"}
+    with pytest.raises(ValueError, match="got flags, one; accepted are one_launch, one_read"):
+        switches._parsed("one,beside,flags")
+
+
+def test_it_is_read_on_import():
+    def told(value):
+        code = (
+            "from fastlora import switches; print([s for s in switches.STEPS if switches.off(s)])"
+        )
+        environment = {**os.environ, "FASTLORA_OFF": value}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+
+    assert told("beside,one_launch").stdout.strip() == "['one_launch', 'beside']"
+    refused = told("everything")
+    assert refused.returncode != 0
+    assert "FASTLORA_OFF: got everything; accepted are" in refused.stderr
+
+
+def test_without_one_launch_a_linear_is_composed(monkeypatch):
+    monkeypatch.setattr(switches, "_OFF", frozenset({"one_launch"}))
+    support.miss.cache_clear()
+    try:
+        device = torch.device("cuda", 0)
+        assert "FASTLORA_OFF" in support.miss("lora", "cuda", device, torch.bfloat16, 16)
+    finally:
+        support.miss.cache_clear()
