@@ -10,8 +10,8 @@ import os
 
 STEPS = {
     "one_launch": "a linear and its update are not one launch (csrc/lora, csrc/few) but its ops one by one",
-    "one_read": "csrc/lora reads dY once for g and once for dB",
-    "beside": "csrc/lora makes h (g) before all tiles and the gradients after them, nothing beside them",
+    "one_read": "in csrc/lora g and dB each have their own read of dY",
+    "beside": "in csrc/lora all clusters begin with h (g), then come tiles, then the gradients of A and B",
     "dependent_launch": "a Triton kernel is launched when the one before it has ended",
 }
 

@@ -228,7 +228,7 @@ def test_a_layer_runs_it_and_nothing_else(monkeypatch):
     monkeypatch.setattr(switches, "_OFF", frozenset({"one_launch"}))
     fastlora.lora_linear(leaves[0], w, leaves[1], leaves[2], 0.5)
     support.miss.cache_clear()
-    assert fastlora.launches().keys() == {("down", "triton"), ("gemm", "cuda")}
+    assert {op for op, _ in fastlora.launches()} == {"down", "gemm"}
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,10 @@ def spilled(ptx: str) -> int:
         file.write_text(ptx)
         cubin = Path(folder, "kernel.cubin")  # not /dev/null, where several at once fail
         command = [ptxas, "-v", f"-arch=sm_{CAPABILITY}{suffix}", file, "-o", cubin]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"ptxas: {done.returncode}\n{done.stdout}{done.stderr}")
+    return sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", done.stderr))
 
 
 def main() -> None:
