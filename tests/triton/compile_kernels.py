@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -67,8 +68,7 @@ def compile_instead(
 
 def spilled(ptx: str) -> int:
     """Bytes ptxas spills, by its own report."""
-    name = "ptxas-blackwell" if CAPABILITY >= 100 else "ptxas"
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    ptxas = get_ptxas(CAPABILITY).path  # Triton's choice: TRITON_PTXAS_PATH's where torch set one
     suffix = "a" if CAPABILITY >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
