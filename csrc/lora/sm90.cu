@@ -99,8 +99,8 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
   }
 
   const bool drops = p.rng_state != nullptr;
-  args.both =
-      gemm.w_mn_major && p.d_b != nullptr && ranks == sm90::kBothRanks && !switched_off("one_read");
+  args.both = gemm.w_mn_major && p.d_b != nullptr && !drops && ranks == sm90::kBothRanks &&
+              !switched_off("one_read");
   const int64_t row_groups = args.both ? ceil_div(gemm.m, sm90::kBothRows) : 0;
   const int first_counter = args.flags * (drops ? 2 : 1);
 

@@ -8,11 +8,11 @@
 // after everything else of it was loaded.
 //
 // Threads and the ring as in the GEMM; skinny items go through the same ring (sm90_skinny.cuh).
-// With dropout warps beside the producer make the mask of x (sm90_words.cuh); it is applied to x on
-// its way to h and dA, and to g A before dX is stored. Backward and up to 16 ranks such warps add
-// up the parts of g and dB (sm90_both.cuh). Takes: m >= 1; n, k and rank multiples of 8, rank up to
-// 512 (64 with dropout); kN, 16 or 64, ranks at a time. Shared memory: the GEMM's, the queue's 128
-// bytes with a count behind it, 512 bytes of ones.
+// With dropout the three warps beside the producer make the mask of x (sm90_words.cuh); it is
+// applied to x on its way to h and dA, and to g A before dX is stored. Without it, backward and up
+// to 16 ranks, they add up the parts of g and dB (sm90_both.cuh). Takes: m >= 1; n, k and rank
+// multiples of 8, rank up to 512 (64 with dropout); kN, 16 or 64, ranks at a time. Shared memory:
+// the GEMM's, the queue's 128 bytes with a count behind it, 512 bytes of ones.
 #pragma once
 
 #include "common/sm90/copy_async.cuh"
@@ -25,12 +25,12 @@ namespace fastlora::sm90 {
 
 constexpr int kOnesBytes = 512;
 constexpr int kWrittenOffset = 64;  // behind the queue: the count of both_item
-// Whether g and dB may be made of one read.
-template <int kN, bool kBackward>
-constexpr bool kMayBoth = kBackward && kN == kBothRanks;
+// Whether g and dB may be made of one read. With dropout the warps that it takes make the mask.
+template <int kN, bool kBackward, bool kDrop>
+constexpr bool kMayBoth = kBackward && kN == kBothRanks && !kDrop;
 // Of the queue, in each CTA: consumers, the producer, who tells what is written.
-template <int kN, bool kBackward>
-constexpr int kReaders = kConsumerWarps + (kMayBoth<kN, kBackward> ? 2 : 1);
+template <int kN, bool kBackward, bool kDrop>
+constexpr int kReaders = kConsumerWarps + (kMayBoth<kN, kBackward, kDrop> ? 2 : 1);
 template <bool kDrop>  // the mask's makers need more: 88 + 2 * 208 = 56 + 2 * 224 = 3 * 168
 constexpr int kLoraProducerRegisters = kDrop ? 88 : 56;
 template <bool kDrop>
@@ -56,7 +56,7 @@ struct Giver {
 };
 
 // Loads items until there are no more. `ahead` sees to the next ones.
-template <class Tile, int kN, bool kBackward, class Ahead>
+template <class Tile, int kN, bool kBackward, bool kDrop, class Ahead>
 __device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const LoraArgs& args,
                                                 uint32_t base, uint32_t queue, int cta,
                                                 Ahead& ahead) {
@@ -79,7 +79,7 @@ __device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const Lora
     }
     const bool down = !kBackward || item.job == Job::kDown;
     if (down) wait_casts(args);
-    if constexpr (kMayBoth<kN, kBackward>) {
+    if constexpr (kMayBoth<kN, kBackward, kDrop>) {
       if (down && args.both) {
         produce_both(maps, args, ring, item, cta, ahead);
         continue;
@@ -105,16 +105,16 @@ __device__ __forceinline__ void produce_claimed(const LoraMaps& maps, const Lora
 }
 
 // `arrival`: clusters that arrived before, for CTA 0.
-template <class Tile, int kN, bool kBackward>
+template <class Tile, int kN, bool kBackward, bool kDrop>
 __device__ __forceinline__ void produce_items(const LoraMaps& maps, const LoraArgs& args,
                                               uint32_t base, uint32_t queue, int cta, int arrival) {
   if (cta == 0) {
     Giver<Tile> giver{args, {queue}, {args}};
     giver.give(giver.claims.first(arrival));
-    produce_claimed<Tile, kN, kBackward>(maps, args, base, queue, cta, giver);
+    produce_claimed<Tile, kN, kBackward, kDrop>(maps, args, base, queue, cta, giver);
   } else {
     const auto nothing = [](int, int) {};
-    produce_claimed<Tile, kN, kBackward>(maps, args, base, queue, cta, nothing);
+    produce_claimed<Tile, kN, kBackward, kDrop>(maps, args, base, queue, cta, nothing);
   }
 }
 
@@ -127,7 +127,7 @@ __device__ __forceinline__ void consume_skinny(const LoraArgs& args, const Item&
     return;
   }
   if (item.job == Job::kDown) {
-    if constexpr (kMayBoth<kN, kBackward>) {
+    if constexpr (kMayBoth<kN, kBackward, kDrop>) {
       if (args.both) {
         both_item<T>(args, item, cta, ones, written, consumer);
         return;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     arrival = static_cast<int>(atomicAdd(&args.counters->arrived, 1));
   }
   start_ring<Tile>(base, cluster, maps.gemm, [&] {
-    ItemQueue{queue}.init(kReaders<kN, kBackward>, cluster);
+    ItemQueue{queue}.init(kReaders<kN, kBackward, kDrop>, cluster);
     store_shared(queue + kWrittenOffset, 0);
   });
 
@@ -233,13 +233,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_decrease<kLoraProducerRegisters<kDrop>>();
     if (warp > 0) zero_used(args, warp - 1, lane);
     if (warp == 0 && lane == 0) {
-      produce_items<Tile, kN, kBackward>(maps, args, base, queue, cta, arrival);
-    } else if (kMayBoth<kN, kBackward> && warp == 1) {
+      produce_items<Tile, kN, kBackward, kDrop>(maps, args, base, queue, cta, arrival);
+    } else if (kMayBoth<kN, kBackward, kDrop> && warp == 1) {
       tell_parts(args, ItemQueue{queue}, queue + kWrittenOffset, lane);
     } else if (warp > 0) {
-      // g is wanted before all of the mask is: one warp has nothing to do with that.
-      if (kDrop && (warp != 2 || !args.both)) make_words(args, lane);
-      if constexpr (kMayBoth<kN, kBackward>) {
+      if constexpr (kDrop) make_words(args, lane);
+      if constexpr (kMayBoth<kN, kBackward, kDrop>) {
         if (args.both) sum_both<T>(args, lane);
       }
     }
