@@ -1,0 +1,43 @@
+"""benchmarks/bench_kernels.py: its cases, files, and that a wrong kernel is named and not timed."""
+
+import json
+
+import torch
+
+from benchmarks import bench_kernels
+from fastlora.ops import raw
+
+
+def run(tmp_path):
+    code = bench_kernels.main(["--rounds", "15", "--out", str(tmp_path), "--device", "cpu"])
+    assert code == 0
+    found = json.loads(next(tmp_path.glob("kernels-*.json")).read_text())
+    return {(row["case"], row["contender"]): row for row in found["rows"]}, found
+
+
+def test_every_kernel_is_timed_and_written_down(tmp_path):
+    rows, found = run(tmp_path)
+    assert found["environment"]["torch"] == torch.__version__
+    for case in ("gemm y 128x64x96", "gemm dX 128x96x64"):
+        for contender in ("torch", "torch-again", "fastlora-torch"):
+            assert len(rows[case, contender]["times_us"]) == 15
+            assert rows[case, contender]["ratio"]["median"] > 0
+    for case in ("down 128x64", "wgrad 128x96x64"):
+        row = rows[case, "fastlora-torch"]
+        moved = 4 * (128 * 64 + 16 * 64 + 128 * 16)
+        if case.startswith("wgrad"):
+            moved = 4 * (128 * (96 + 64 + 32) + 16 * (96 + 64))
+        bound_us = moved / found["ceilings"]["copy_bytes_per_s"] * 1e6
+        median = float(torch.tensor([bound_us / us for us in row["times_us"]]).median())
+        torch.testing.assert_close(row["share"]["median"], median, rtol=1e-4, atol=0)
+    table = next(tmp_path.glob("kernels-*.md")).read_text()
+    assert "| down 128x64 |" in table and "`fastlora-torch`: geometric mean" in table
+
+
+def test_a_wrong_kernel_is_named_and_has_no_time(tmp_path, monkeypatch):
+    right = raw.down
+    monkeypatch.setattr(raw, "down", lambda x, a: (right(x, a)[0] * 1.1, None))
+    rows, _ = run(tmp_path)
+    row = rows["down 128x64", "fastlora-torch"]
+    assert "wrong result: relative error 0.1" in row["error"] and not row["times_us"]
+    assert rows["wgrad 128x64x96", "fastlora-torch"]["times_us"]
