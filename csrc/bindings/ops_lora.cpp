@@ -11,6 +11,7 @@
 #include "common/philox.cuh"
 #include "host/counters.h"
 #include "host/stream.h"
+#include "host/switches.h"
 #include "lora/lora.h"
 
 namespace fastlora {
@@ -91,6 +92,8 @@ struct Call {
     gemm.h = h.mutable_data_ptr();
     gemm.h_pitch = gemm.rank;
     params.scale = static_cast<float>(scale);
+    params.one_read = !switched_off("one_read");
+    params.beside = !switched_off("beside");
     if (scaling.has_value()) {
       check(scaling->scalar_type() == ScalarType::Float && scaling->numel() == 1 &&
                 scaling->get_device_index() == x.get_device_index(),
@@ -130,6 +133,9 @@ struct Call {
     chosen.num_sms = num_sms;
     const LoraSizes sizes = lora_sm90_sizes(params, chosen);
     const Tensor workspace = new_empty({sizes.workspace_bytes}, ScalarType::Byte, x);
+    const Tensor words = new_empty({sizes.words}, ScalarType::Int, x);
+    params.words = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
+    params.workspace = workspace.mutable_data_ptr();
     Tensor counters = workspace;  // alive until the launch
     std::optional<StreamCounters> kept;
     if (is_capturing(stream)) {
@@ -142,9 +148,6 @@ struct Call {
       params.used = kept->used();
       params.used_count = kept->used_count();
     }
-    const Tensor words = new_empty({sizes.words}, ScalarType::Int, x);
-    params.words = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
-    params.workspace = workspace.mutable_data_ptr();
     lora_sm90(params, chosen, stream);
     if (kept.has_value()) kept->launched();
   }

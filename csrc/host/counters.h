@@ -18,6 +18,7 @@ void zero_async(void* data, int64_t bytes, CUstream_st* stream);
 // Not of torch's allocator: torch.compile may be filling a pool of its own, and counts what is left
 // in it. Not while the stream is captured: a graph may later run beside anything, so each of its
 // launches brings its own.
+// Where the launch is not known to have been made (something threw), both sets are made anew.
 class StreamCounters {
  public:
   StreamCounters(int device, CUstream_st* stream, int64_t count);

@@ -13,6 +13,7 @@ namespace fastlora {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // it is told here: the next launch must not find it
   throw std::runtime_error(std::string("fastlora: ") + what + ": " + cudaGetErrorString(error));
 }
 

@@ -53,6 +53,9 @@ struct LoraParams {
   uint32_t keep = 0;          // of 65536
   uint32_t* words = nullptr;  // LoraSizes.words of memory for the mask
 
+  bool one_read = true;  // g and dB of one read of dY, up to 16 ranks
+  bool beside = true;    // passes over memory beside the tiles
+
   void* workspace = nullptr;  // for partial sums, a multiple of 16
   // All zero before the launch. Launches that may run at the same time need different ones.
   uint32_t* counters = nullptr;

@@ -7,7 +7,6 @@
 #include "common/philox.cuh"
 #include "gemm/sm90_launch.cuh"
 #include "host/counters.h"
-#include "host/switches.h"
 #include "lora/lora.h"
 #include "lora/sm90_kernel.cuh"
 #include "plan/share.h"
@@ -99,8 +98,8 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
   }
 
   const bool drops = p.rng_state != nullptr;
-  args.both = gemm.w_mn_major && p.d_b != nullptr && !drops && ranks == sm90::kBothRanks &&
-              !switched_off("one_read");
+  args.both =
+      gemm.w_mn_major && p.d_b != nullptr && !drops && ranks == sm90::kBothRanks && p.one_read;
   const int64_t row_groups = args.both ? ceil_div(gemm.m, sm90::kBothRows) : 0;
   const int first_counter = args.flags * (drops ? 2 : 1);
 
@@ -113,7 +112,7 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
                         read * args.rank_blocks,
                         p.d_b == nullptr || args.both ? 0 : read,
                         p.d_a == nullptr ? 0 : gemm.m * gemm.n};
-  const Share share = switched_off("beside") ? Share{clusters, false, 0} : share_work(work);
+  const Share share = p.beside ? share_work(work) : Share{clusters, false, 0};
   args.helpers = share.helpers;
 
   if (drops) {  // of x: K is n in backward
@@ -267,7 +266,8 @@ struct StreamCounters::Sets {
   uint32_t* data[2] = {nullptr, nullptr};
   int64_t capacity = 0;
   int next = 0;
-  int64_t used = 0;  // of the other
+  int64_t used = 0;   // of the other
+  bool known = true;  // the last launch was made: it left them as this says
 };
 
 StreamCounters::Sets& StreamCounters::of(int device, CUstream_st* stream) {
@@ -279,14 +279,19 @@ StreamCounters::Sets& StreamCounters::of(int device, CUstream_st* stream) {
 
 StreamCounters::StreamCounters(int device, CUstream_st* stream, int64_t count)
     : sets_(of(device, stream)), count_(count), lock_(sets_.mutex) {
-  if (sets_.capacity >= count) return;
-  // What the stream had before is not freed: together it is smaller than this.
+  const bool fit = sets_.known && sets_.capacity >= count;
+  sets_.known = false;  // until it is launched
+  if (fit) return;
+  sets_.capacity = 0;
+  if (void* const before = std::exchange(sets_.data[0], nullptr); before != nullptr) {
+    check_cuda(cudaFreeAsync(before, stream), "cudaFreeAsync");
+  }
   const int64_t capacity = std::max<int64_t>(8192, 2 * count);
   void* data = nullptr;
   check_cuda(cudaMallocAsync(&data, 2 * capacity * 4, stream), "cudaMallocAsync");
-  zero_async(data, 2 * capacity * 4, stream);
   sets_.data[0] = static_cast<uint32_t*>(data);
   sets_.data[1] = sets_.data[0] + capacity;
+  zero_async(data, 2 * capacity * 4, stream);
   sets_.capacity = capacity;
   sets_.used = 0;
 }
@@ -295,6 +300,7 @@ uint32_t* StreamCounters::zeros() const { return sets_.data[sets_.next]; }
 uint32_t* StreamCounters::used() const { return sets_.data[1 - sets_.next]; }
 int64_t StreamCounters::used_count() const { return sets_.used; }
 void StreamCounters::launched() {
+  sets_.known = true;
   sets_.used = count_;
   sets_.next = 1 - sets_.next;
 }

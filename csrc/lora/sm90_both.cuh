@@ -163,7 +163,8 @@ __device__ __forceinline__ void both_columns(const LoraArgs& args, const Item& i
   }
 }
 
-// `written`: shared address of a count of warps.
+// `written`: shared address of a count of items for each consumer warp. One count of all would not
+// do: a warp may be an item ahead of another.
 template <class T, class Consumer>
 __device__ __forceinline__ void both_item(const LoraArgs& args, const Item& item, int cta,
                                           uint32_t ones, uint32_t written, Consumer& consumer) {
@@ -175,7 +176,9 @@ __device__ __forceinline__ void both_item(const LoraArgs& args, const Item& item
     both_columns<T, false>(args, item, cta, ones, consumer);
   }
   __syncwarp();
-  if (consumer.lane == 0) add_release_shared(written);
+  if (consumer.lane == 0) {
+    add_release_shared(written + (consumer.group * 4 + consumer.warp) * 4);
+  }
 }
 
 // ---- The warps beside the producer --------------------------------------------------------------
@@ -184,13 +187,14 @@ __device__ __forceinline__ void both_item(const LoraArgs& args, const Item& item
 __device__ __forceinline__ void tell_parts(const LoraArgs& args, ItemQueue queue, uint32_t written,
                                            int lane) {
   uint32_t* const counters = args.counters->flags + args.down.first_counter;
-  uint32_t warps = 0;
+  uint32_t items = 0;
   while (true) {
     const Item item = queue.template next<true>();
     if (item.job == Job::kEnd) return;
     if (item.job != Job::kDown || !args.both) continue;
-    warps += kConsumerWarps;
-    while (load_acquire_shared(written) < warps) __nanosleep(200);
+    ++items;
+    if (lane < kConsumerWarps) wait_shared_at_least(written + lane * 4, items);
+    __syncwarp();
     if (lane == 0) {
       add_release(counters + item.at / kBothRows);
       add_release(&args.counters->parts);

@@ -12,7 +12,7 @@
 // applied to x on its way to h and dA, and to g A before dX is stored. Without it, backward and up
 // to 16 ranks, they add up the parts of g and dB (sm90_both.cuh). Takes: m >= 1; n, k and rank
 // multiples of 8, rank up to 512 (64 with dropout); kN, 16 or 64, ranks at a time. Shared memory:
-// the GEMM's, the queue's 128 bytes with a count behind it, 512 bytes of ones.
+// the GEMM's, the queue's 128 bytes with counts behind it, 512 bytes of ones.
 #pragma once
 
 #include "common/sm90/copy_async.cuh"
@@ -24,7 +24,8 @@
 namespace fastlora::sm90 {
 
 constexpr int kOnesBytes = 512;
-constexpr int kWrittenOffset = 64;  // behind the queue: the count of both_item
+constexpr int kWrittenOffset = 64;  // behind the queue: the counts of both_item
+static_assert(kWrittenOffset + kConsumerWarps * 4 <= kQueueBytes);
 // Whether g and dB may be made of one read. With dropout the warps that it takes make the mask.
 template <int kN, bool kBackward, bool kDrop>
 constexpr bool kMayBoth = kBackward && kN == kBothRanks && !kDrop;
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   start_ring<Tile>(base, cluster, maps.gemm, [&] {
     ItemQueue{queue}.init(kReaders<kN, kBackward, kDrop>, cluster);
-    store_shared(queue + kWrittenOffset, 0);
+    for (int i = 0; i < kConsumerWarps; ++i) store_shared(queue + kWrittenOffset + i * 4, 0);
   });
 
   if (warp < 4) {

@@ -32,10 +32,13 @@ __device__ __forceinline__ void add_release(uint32_t* at) {
 }
 
 // The same within a CTA, of shared memory.
-__device__ __forceinline__ uint32_t load_acquire_shared(uint32_t at) {
-  uint32_t value;
-  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
-  return value;
+__device__ __forceinline__ void wait_shared_at_least(uint32_t at, uint32_t value) {
+  while (true) {
+    uint32_t now;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(now) : "r"(at) : "memory");
+    if (now >= value) return;
+    __nanosleep(200);
+  }
 }
 __device__ __forceinline__ void add_release_shared(uint32_t at) {
   asm volatile("red.release.cta.shared.add.u32 [%0], 1;" ::"r"(at) : "memory");

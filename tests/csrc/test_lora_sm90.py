@@ -188,6 +188,31 @@ def test_the_mask_may_be_done_at_any_moment_of_a_tile():
             assert torch.equal(ours, truth)
 
 
+@pytest.mark.parametrize("n", [512, 2688])
+def test_a_warpgroup_may_be_an_item_ahead_of_the_other(n):
+    """The last rows have items of a few slots, which the ring holds at once: g waits for both warpgroups all the same."""
+    _, w, a, b, _, dy, h = problem(8292, n, 256, 16, integers=True)
+    g = (0.5 * dy.double() @ b.double()).to(BF16)
+    dx_true = (dy.double() @ w.double() + g.double() @ a.double()).to(BF16)
+    d_b_true = (dy.double().t() @ h.double()).to(BF16)
+    for _ in range(100):
+        dx, _, d_b, _ = backward(dy, w, a, b, None, h)
+        assert torch.equal(dx, dx_true)
+        assert torch.equal(d_b, d_b_true)
+        dx.fill_(torch.nan)
+
+
+def test_a_refused_launch_leaves_the_counters_right():
+    x, w, a, b, bias, *_ = problem(1000, 520, 1032, 16)
+    expected = forward(x, w, a, b, bias)
+    for refused in range(4):
+        for _ in range(refused):
+            with pytest.raises((ValueError, RuntimeError), match="no kernel has the tile"):
+                forward(x, w, a, b, bias, config=(128, 128, 3, 2, 1, 1, 16))
+        for _ in range(3):
+            assert all(map(torch.equal, forward(x, w, a, b, bias), expected))
+
+
 def test_a_graph_replays_with_new_inputs_beside_eager_calls():
     x, w, a, b, bias, dy, h = problem(1000, 520, 1032, 16)
     state = torch.tensor([5, 6], device="cuda")
