@@ -13,16 +13,17 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastlora
+from benchmarks.options import add_common
 from fastlora import _library
 from fastlora.ops import raw, support
 from fastlora.rng import KEEP_ALL
+from fastlora.testing.compare import relative_error
 from fastlora.testing.environment import environment
 from fastlora.testing.timing import (
     Contender,
@@ -30,12 +31,12 @@ from fastlora.testing.timing import (
     Interval,
     Rule,
     Timing,
+    describe,
     measure,
     measure_ceilings,
     median_interval,
 )
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672)]  # K, N
 SMALL = [(64, 96), (96, 64)]  # where there is no GPU, to see that it runs
 RANK = 16
@@ -135,7 +136,7 @@ class KernelBench:
         truth: tuple[Tensor, ...],
         moved: int | None = None,
     ) -> None:
-        """The first contender is the base. ``moved``: bytes, where the share of the bandwidth is asked for."""
+        """The first contender is the base: without it there are no ratios. ``moved``: bytes, where the share of the bandwidth is asked for."""
         wrong = {name: error for name, c in contenders.items() if (error := _error(c, truth))}
         right = {name: c for name, c in contenders.items() if name not in wrong}
         timings = measure(right, next(iter(right)), self.clock, self.rule) if right else {}
@@ -145,7 +146,7 @@ class KernelBench:
             if moved is not None and timing.times_us:
                 bound_us = moved / self.ceilings.copy_bytes_per_s * 1e6
                 share = median_interval([bound_us / us for us in timing.times_us], self.rule)
-            ratio = timing.ratio if moved is None else None
+            ratio = timing.ratio if moved is None and next(iter(contenders)) in right else None
             self.rows.append(Row(case, name, timing.times_us, ratio, share, timing.error))
             print(f"{case:28} {name:16} {ratio or share or timing.error}", flush=True)
 
@@ -164,15 +165,16 @@ class KernelBench:
 
 def _error(contender: Contender, truth: tuple[Tensor, ...]) -> str | None:
     """What is wrong with its results: more than two roundings to bf16 off, over the norm of each."""
-    with contender.around():
-        result = contender.run()
+    try:
+        with contender.around():
+            result = contender.run()
+    except Exception as error:  # whatever a contender raises is its result
+        return describe(error)
     results = (result,) if isinstance(result, Tensor) else result
-    assert isinstance(results, tuple) and len(results) == len(truth)
-    errors = [
-        ((got.double() - true).norm() / true.norm()).item()
-        for got, true in zip(results, truth, strict=True)
-    ]
-    return None if max(errors) < 2**-7 else f"wrong result: relative error {max(errors):.2g}"
+    assert isinstance(results, tuple)
+    errors = [relative_error(got, true) for got, true in zip(results, truth, strict=True)]
+    right = all(error < 2**-7 for error in errors)  # not so of NaN
+    return None if right else f"wrong result: relative error {max(errors):.2g}"
 
 
 def geometric_mean(rows: list[Row], contender: str) -> float | None:
@@ -229,13 +231,10 @@ def markdown(bench: KernelBench, where: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=Rule.rounds)
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_common(parser)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    _library.load(device)
-    bench = KernelBench(device, Rule(rounds=options.rounds))
+    _library.load(options.device)
+    bench = KernelBench(options.device, Rule(rounds=options.rounds))
     bench.run()
     content = as_dict(bench)
     where = content["environment"]

@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import re
-from pathlib import Path
-
-import torch
 
 from benchmarks.cases import LINEAR, LINEAR_CPU, LINEAR_QUICK
+from benchmarks.options import add_common
 from fastlora.testing.bench_report import print_table, save_all, save_json
 from fastlora.testing.linear_bench import LinearBench
 from fastlora.testing.providers import all_providers
 from fastlora.testing.timing import Rule
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +23,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--providers", default="", metavar="REGEX", help="providers whose name it is found in"
     )
-    parser.add_argument("--rounds", type=int, default=Rule.rounds)
     parser.add_argument(
         "--budget",
         type=float,
@@ -35,11 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="S",
         help="seconds after which no case starts",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_common(parser)
     options = parser.parse_args(arguments)
 
-    device = torch.device(options.device)
+    device = options.device
     listed = (LINEAR_QUICK if options.quick else LINEAR) if device.type == "cuda" else LINEAR_CPU
     cases = [case for case in listed if re.search(options.cases, case.name)]
     known = all_providers()

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import bench_kernels
@@ -41,3 +42,19 @@ def test_a_wrong_kernel_is_named_and_has_no_time(tmp_path, monkeypatch):
     row = rows["down 128x64", "fastlora-torch"]
     assert "wrong result: relative error 0.1" in row["error"] and not row["times_us"]
     assert rows["wgrad 128x64x96", "fastlora-torch"]["times_us"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "3"], "got '3'; the timing rule asks for a number of at least 15"),
+        (["--rounds", "many"], "got 'many'; the timing rule"),
+        (["--device", "nosuch"], "got 'nosuch'; accepted are cpu, cuda and cuda:N"),
+        (["--device", "cuda:99"], "got 'cuda:99'; torch sees"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_kernels.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
