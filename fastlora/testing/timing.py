@@ -100,12 +100,15 @@ class Timing:
 class DeviceClock:
     """Time of one call on ``device`` in us, after its caches were flushed. CUDA events, or perf_counter on a CPU.
 
-    The flush writes a buffer four times the size of the L2, 256 MiB at least. Before it the GPU spins, while the host
-    queues the timed call.
+    The flush writes a buffer four times the size of the L2, 256 MiB at least, which leaves the L2 full of lines that
+    the timed call has to write back. With ``clean`` it reads the buffer after that: what is timed is the call's own
+    traffic. Before the flush the GPU spins, while the host queues the timed call.
     """
 
-    def __init__(self, device: torch.device, flush_bytes: int | None = None) -> None:
-        self.device = device
+    def __init__(
+        self, device: torch.device, flush_bytes: int | None = None, clean: bool = False
+    ) -> None:
+        self.device, self.clean = device, clean
         if flush_bytes is None:
             flush_bytes = 64 * _MIB
             if device.type == "cuda":
@@ -118,6 +121,8 @@ class DeviceClock:
             with torch.cuda.device(self.device):
                 torch.cuda._sleep(HOST_LEAD_US * _CYCLES_PER_US)
         self._buffer.zero_()
+        if self.clean:
+            self._buffer.view(torch.int32).sum()
         if self.device.type != "cuda":
             started = time.perf_counter()
             run()

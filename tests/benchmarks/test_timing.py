@@ -14,6 +14,7 @@ from fastlora.testing.timing import (
     DeviceClock,
     Rule,
     host_loop,
+    l2_bytes,
     measure,
     measure_ceilings,
     median_interval,
@@ -184,6 +185,16 @@ def test_the_clock_times_the_call_and_not_the_flush():
     elapsed = clock(lambda: (flushed.append(not clock._buffer.any().item()), time.sleep(0.02)))
     assert flushed == [True]
     assert 20_000 <= elapsed < 200_000
+
+
+@pytest.mark.gpu
+def test_what_a_clean_flush_leaves_costs_nothing_to_write_back():
+    """A call that reads as much as the L2 holds: after a flush that wrote, it evicts what was written."""
+    device = torch.device("cuda")
+    data = torch.ones(l2_bytes(device) // 4, device=device)
+    dirty, clean = (DeviceClock(device, clean=clean) for clean in (False, True))
+    times = {clock: [clock(data.sum) for _ in range(30)][10:] for clock in (dirty, clean)}
+    assert np.median(times[clean]) < 0.95 * np.median(times[dirty])
 
 
 def test_host_loop_is_the_time_per_call():
