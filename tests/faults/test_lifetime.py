@@ -139,6 +139,7 @@ def test_memory_does_not_grow():
 
 
 ON_THE_GPU = """
+import time
 import torch, fastlora
 from tests.faults.common import assert_right, operands
 with fastlora.backend("triton", strict=True):
@@ -147,6 +148,7 @@ with fastlora.backend("triton", strict=True):
             assert_right(*operands(m, k, n, r, torch.bfloat16, "cuda"), bias=torch.zeros(n, device="cuda"))
 torch.cuda.synchronize()
 print(sorted(fastlora.launches()))
+time.sleep(0.2)  # autograd's thread lets go of its last task: it aborts where Python ends meanwhile
 """
 LAUNCHED = "[('down', 'triton'), ('gemm', 'triton'), ('wgrad', 'triton')]"
 
