@@ -1,7 +1,7 @@
 """The kernels by themselves: ``python -m benchmarks.bench_kernels [--rounds N] [--out DIR] [--device D]``.
 
 The bare GEMM over torch's (cuBLAS on a GPU), both majors of W, and the share of the copy bandwidth that the skinny
-products reach: bytes they must read and write, over the time, over what a copy of the same run moves, from caches that
+products and the dequantisation of NF4 reach: bytes they must read and write, over the time, over what a copy of the same run moves, from caches that
 hold nothing to write back. Launch included, caches flushed; every contender is held to fp64 before it is timed.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import fastlora
 from benchmarks.options import add_common
-from fastlora import _library
+from fastlora import NF4Tensor, _library, ops
 from fastlora.ops import raw, support
 from fastlora.rng import KEEP_ALL
 from fastlora.testing.compare import relative_error
@@ -130,6 +131,28 @@ class KernelBench:
         truth = (g.double().t() @ x.double(), dy.double().t() @ h.double())
         self._time(f"wgrad {m}x{k}x{n}", contenders, truth, moved)
 
+    def dequantize(self, n: int, k: int) -> None:
+        """A 4-bit weight in the compute dtype, its scales quantised."""
+        weight = NF4Tensor.quantize(self.random(n, k))
+        contenders = {
+            f"fastlora-{backend}": Contender(
+                weight.dequantize, functools.partial(fastlora.backend, backend, strict=True)
+            )
+            for backend in self.backends("dequantize")
+        }
+        if self.on_gpu and importlib.util.find_spec("bitsandbytes"):
+            from bitsandbytes.functional import dequantize_4bit
+
+            param = weight.to_bitsandbytes()
+            contenders["bitsandbytes"] = Contender(
+                lambda: dequantize_4bit(param.data, param.quant_state)
+            )
+        moved = weight.nbytes + n * k * self.dtype.itemsize
+        codes, scales = weight.codes.cpu(), [t.cpu() for t in weight.scales]
+        with fastlora.backend("torch"):
+            truth = ops.dequantize(codes, scales, weight.form, self.dtype).to(self.device)
+        self._time(f"dequantize {n}x{k}", contenders, (truth.double(),), moved)
+
     def _time(
         self,
         case: str,
@@ -163,6 +186,8 @@ class KernelBench:
             self.down(rows[0], k)
         for k, n in wide:
             self.wgrad(rows[0], k, n)
+        for n, k in wide:
+            self.dequantize(n, k)
 
 
 def _error(contender: Contender, truth: tuple[Tensor, ...]) -> str | None:
@@ -227,7 +252,7 @@ def markdown(bench: KernelBench, where: dict[str, Any]) -> str:
         if mean := geometric_mean(bench.rows, name):
             lines.append(f"- `{name}`: geometric mean {mean:.3f}")
     lines.append("")
-    table(f"rank {RANK}: share of the copy bandwidth, from clean caches", lambda row: row.share)
+    table(f"Share of the copy bandwidth, from clean caches, rank {RANK}", lambda row: row.share)
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ _EXPORTS = {
     "launches": "_counters",
     "reset_launches": "_counters",
     "build_info": "_library",
+    "NF4Tensor": "quant",
     "LoRALinear": "layers",
     "LoraConfig": "methods",
     "PeftModel": "models",
@@ -38,10 +39,12 @@ if TYPE_CHECKING:
     from .methods import LoraConfig
     from .models import PeftModel, accelerate, acceleration_report, get_peft_model, restore
     from .ops import backend, explain
+    from .quant import NF4Tensor
 
 __all__ = [
     "LoRALinear",
     "LoraConfig",
+    "NF4Tensor",
     "PeftModel",
     "__version__",
     "accelerate",

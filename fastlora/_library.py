@@ -35,7 +35,7 @@ class Status:
     reason: str
 
 
-ABI = 5  # what the library's ops take and mean; CMakeLists.txt has the same number
+ABI = 6  # what the library's ops take and mean; CMakeLists.txt has the same number
 
 _lock = threading.Lock()
 _status: Status | None = None

@@ -165,28 +165,75 @@ NF4_THRESHOLD = (
 )  # fmt: skip
 
 
+FP4_CODE = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+
+def code_values(fp4: bool = False) -> Tensor:
+    """The values of the 16 codes, fp32."""
+    return torch.tensor(FP4_CODE if fp4 else NF4_CODE, dtype=torch.float32)
+
+
 def quantize_nf4(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Weight [N, K] -> (packed uint8 [ceil(N K / 2)], absmax fp32 [ceil(N K / block_size)]).
 
     Blocks run along the row-major flattening; element 2j sits in the high nibble of byte j. A block of zeros gets
-    code 7 (0.0), as bitsandbytes does on CPU.
+    code 7 (0.0), as bitsandbytes does on CPU. NaN gets code 0, and takes no part in absmax.
     """
     flat = weight.detach().reshape(-1).float()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
-    absmax = blocks.abs().amax(1)
+    absmax = torch.where(blocks.isnan(), 0, blocks.abs()).amax(1)
     scaled = blocks * (1.0 / absmax.clamp_min(1e-38))[:, None]
-    code = torch.bucketize(scaled, torch.tensor(NF4_THRESHOLD, device=weight.device))
+    code = torch.zeros_like(scaled, dtype=torch.uint8)
+    for threshold in NF4_THRESHOLD:
+        code += scaled > threshold
     code = code.view(-1)[: flat.numel()]
-    code = torch.nn.functional.pad(code, (0, flat.numel() % 2), value=7).to(torch.uint8)
+    code = torch.nn.functional.pad(code, (0, flat.numel() % 2), value=7)
     return (code[0::2] << 4) | code[1::2], absmax
 
 
-def dequantize_nf4(
-    packed: Tensor, absmax: Tensor, shape: tuple[int, int], block_size: int, dtype: torch.dtype
+def quantize_scales(values: Tensor, code: Tensor, block_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Scales less their offset -> (the nearest of 256 sorted codes, uint8 of values' shape; absmax of each block).
+
+    Where all of a block are zero, 0 / 0 is, and gets code 0, which its absmax makes zero again.
+    """
+    flat = values.reshape(-1).float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    absmax = torch.where(blocks.isnan(), 0, blocks.abs()).amax(1)
+    x = (blocks * (1.0 / absmax)[:, None]).view(-1)[: flat.numel()]
+    below, above, pivot = (torch.full_like(x, i, dtype=torch.long) for i in (0, 255, 127))
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        right = x > code[pivot]
+        below, above = torch.where(right, pivot, below), torch.where(right, above, pivot)
+        pivot = torch.where(right, pivot + step, pivot - step)
+    up = x > (code[above] + code[pivot]) * 0.5
+    down = x < (code[below] + code[pivot]) * 0.5
+    nearest = torch.where(
+        x > code[pivot], torch.where(up, above, pivot), torch.where(down, below, pivot)
+    )
+    return nearest.to(torch.uint8).view(values.shape), absmax
+
+
+def dequantize_scales(
+    codes: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor, block_size: int
 ) -> Tensor:
-    """Packed codes and fp32 absmax -> weight of ``shape``: NF4[code] * absmax in fp32, rounded once to ``dtype``."""
+    """code[q] * nested_absmax + offset in fp32, rounded after each: of codes' shape."""
+    flat = codes.reshape(-1)
+    scale = nested_absmax.repeat_interleave(block_size)[: flat.numel()]
+    return (code[flat.long()] * scale + offset).view(codes.shape)
+
+
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    fp4: bool = False,
+) -> Tensor:
+    """Packed codes and fp32 absmax -> weight of ``shape``: value[code] * absmax in fp32, rounded once to ``dtype``."""
     numel = shape[0] * shape[1]
+    packed = packed.reshape(-1)
     code = torch.stack((packed >> 4, packed & 0xF), dim=-1).view(-1)[:numel].long()
-    value = torch.tensor(NF4_CODE, device=packed.device)[code]
-    scale = absmax.repeat_interleave(block_size)[:numel]
-    return (value * scale).to(dtype).view(shape)
+    value = code_values(fp4).to(packed.device)[code]
+    scale = absmax.reshape(-1).repeat_interleave(block_size)[:numel]
+    return (value * scale).view(shape).to(dtype)

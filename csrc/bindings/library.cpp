@@ -40,4 +40,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
       "_lora_backward_sm90(Tensor dy, Tensor w, Tensor a, Tensor b, Tensor? x, Tensor? h, Tensor? "
       "scaling, float scale, Tensor? rng_state, int keep, bool bias, bool float_bias, int[]? "
       "config) -> (Tensor, Tensor, Tensor, Tensor)");
+  // codes [ceil(n / 2)] and absmax [ceil(n / block_size)] of a weight of n elements, NF4
+  m.def("_nf4_quantize(Tensor weight, int block_size) -> (Tensor, Tensor)");
+  // codes [n] and absmax [ceil(n / block_size)] of n scales; code [256] float32, sorted
+  m.def("_nf4_quantize_scales(Tensor values, Tensor code, int block_size) -> (Tensor, Tensor)");
+  // elements begin and up of the weight, as many as out holds, into out; absmax in float32, or
+  // codes in uint8 with nested_absmax, nested_code and offset
+  m.def(
+      "_nf4_dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
+      "Tensor? offset, int block_size, int nested_block_size, bool fp4, int begin, Tensor(a!) out) "
+      "-> Tensor(a!)");
 }

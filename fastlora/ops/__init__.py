@@ -2,16 +2,21 @@
 
 from .explanation import explain
 from .linear import lora_backward, lora_forward
+from .nf4 import dequantize, quantize, quantize_scales
 from .raw import down, gemm, mask, wgrad
-from .support import backend
+from .support import Form, backend
 
 __all__ = [
+    "Form",
     "backend",
+    "dequantize",
     "down",
     "explain",
     "gemm",
     "lora_backward",
     "lora_forward",
     "mask",
+    "quantize",
+    "quantize_scales",
     "wgrad",
 ]

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .._counters import count
 from ..rng import KEEP_ALL
-from .support import Fit
+from .support import Fit, Form
 
 
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
     """``reference.mask`` by csrc/dropout."""
     count("mask", "cuda")
     return torch.ops.fastlora._dropout_mask(rng_state, rows, cols, keep)
+
+
+def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """``reference.quantize_nf4`` by csrc/nf4."""
+    count("quantize", "cuda")
+    return torch.ops.fastlora._nf4_quantize(weight, block_size)
+
+
+def dequantize(codes: Tensor, scales: Sequence[Tensor], form: Form, dtype: torch.dtype) -> Tensor:
+    """``reference.dequantize_nf4`` by csrc/nf4, quantised scales on the way."""
+    count("dequantize", "cuda")
+    return library_dequantize(codes, scales, form, dtype)
+
+
+def library_dequantize(
+    codes: Tensor, scales: Sequence[Tensor], form: Form, dtype: torch.dtype
+) -> Tensor:
+    """The library's op, which the ``torch`` backend has on the CPU."""
+    out = torch.empty(form.rows, form.cols, dtype=dtype, device=codes.device)
+    absmax, nested = scales[0], scales[1:] or (None, None, None)
+    sizes = form.block_size, form.nested_block_size or 1
+    torch.ops.fastlora._nf4_dequantize(codes, absmax, *nested, *sizes, form.fp4, 0, out)
+    return out
 
 
 def _rows_miss(name: str, t: Tensor, along: int) -> str | None:

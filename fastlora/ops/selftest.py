@@ -7,7 +7,7 @@ import time
 import torch
 
 from .. import reference
-from . import raw, support
+from . import nf4, raw, support
 
 
 def _error(got: torch.Tensor, truth: torch.Tensor) -> float:
@@ -36,7 +36,30 @@ def _wgrad(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -
     return _error(d_a, g.double().t() @ x.double())
 
 
-_CHECKS = {"mask": _mask, "down": _down, "gemm": _gemm, "wgrad": _wgrad}
+def _quantize(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    """How many codes differ: one in a thousand may, which lies on a bound."""
+    codes, absmax = nf4.quantize(w, 64)
+    true_codes, true_absmax = reference.quantize_nf4(w.cpu(), 64)
+    right = torch.equal(absmax.cpu(), true_absmax)
+    return float((codes.cpu() != true_codes).double().mean()) if right else torch.inf
+
+
+def _dequantize(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    codes, absmax = reference.quantize_nf4(w, 64)
+    n, k = w.shape
+    got = nf4.dequantize(codes, (absmax,), support.Form(n, k, 64, 0, False), w.dtype)
+    truth = reference.dequantize_nf4(codes, absmax, (n, k), 64, w.dtype)
+    return float((got != truth).sum())
+
+
+_CHECKS = {
+    "mask": _mask,
+    "down": _down,
+    "gemm": _gemm,
+    "wgrad": _wgrad,
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+}
 
 
 def run(device: torch.device) -> list[dict[str, object]]:

@@ -13,12 +13,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .. import _library, switches
 
-OPS = ("mask", "down", "gemm", "wgrad")
+OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize")
 BACKENDS = ("cuda", "triton", "torch")
 MAX_RANK = 512
 
@@ -40,7 +41,10 @@ class Row:
 _HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 ROWS = (
-    Row("mask", "cuda", _KERNEL_DTYPES, min_capability=(7, 5)),
+    *(
+        Row(op, "cuda", _KERNEL_DTYPES, min_capability=(7, 5))
+        for op in ("mask", "quantize", "dequantize")
+    ),
     Row(
         "gemm", "cuda", _HALF_DTYPES, min_capability=(9, 0), kernel="_gemm_sm90", max_rank=MAX_RANK
     ),
@@ -55,6 +59,16 @@ ROWS = (
     *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
 )
+
+
+class Form(NamedTuple):
+    """What the tensors of a 4-bit weight do not tell. ``nested_block_size`` is 0 where scales are fp32."""
+
+    rows: int
+    cols: int
+    block_size: int
+    nested_block_size: int
+    fp4: bool
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from .. import _library, reference
 from .._autocast import autocast_dtype
 from .._counters import count
+from .cuda_backend import library_dequantize
+from .support import Form
 
 
 def mask(rng_state: Tensor, rows: int, cols: int, keep: int) -> Tensor:
@@ -64,3 +67,30 @@ def wgrad(
     assert like is not None
     with _autocast_off(like):
         return reference.wgrad(x, g, dy, h, *rest)
+
+
+def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """``reference.quantize_nf4``, by the op library where it is built for the device."""
+    count("quantize", "torch")
+    if _in_library(weight.device, weight.dtype):
+        return torch.ops.fastlora._nf4_quantize(weight, block_size)
+    return reference.quantize_nf4(weight, block_size)
+
+
+def dequantize(codes: Tensor, scales: Sequence[Tensor], form: Form, dtype: torch.dtype) -> Tensor:
+    """``reference.dequantize_nf4``, likewise."""
+    count("dequantize", "torch")
+    if _in_library(codes.device, dtype):
+        return library_dequantize(codes, scales, form, dtype)
+    absmax = scales[0]
+    if form.nested_block_size:
+        nested_absmax, code, offset = scales[1:]
+        absmax = reference.dequantize_scales(
+            absmax, nested_absmax, code, offset, form.nested_block_size
+        )
+    shape = form.rows, form.cols
+    return reference.dequantize_nf4(codes, absmax, shape, form.block_size, dtype, form.fp4)
+
+
+def _in_library(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and _library.load(device)

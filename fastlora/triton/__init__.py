@@ -1,8 +1,9 @@
-"""The ``triton`` backend: mask, down, gemm and wgrad as Triton kernels, same contracts as reference.py and csrc/."""
+"""The ``triton`` backend: every op as a Triton kernel, same contracts as reference.py and csrc/."""
 
 from .down import down
 from .gemm import gemm
 from .mask import mask
+from .nf4 import dequantize, quantize
 from .wgrad import wgrad
 
-__all__ = ["down", "gemm", "mask", "wgrad"]
+__all__ = ["dequantize", "down", "gemm", "mask", "quantize", "wgrad"]

@@ -19,6 +19,7 @@ MAY_SEE_TORCH = ("bindings", "host")
 LAYERS = (
     ("_core", "_counters", "_library", "rng", "reference"),
     ("ops", "triton"),
+    ("quant",),
     ("autograd",),
     ("functional",),
     ("layers",),

@@ -1,0 +1,165 @@
+// fastlora::_nf4_quantize, _nf4_quantize_scales and _nf4_dequantize: checks, allocation, launch.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "bindings/tensors.h"
+#include "host/stream.h"
+#include "nf4/nf4.h"
+
+namespace fastlora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kGrain = 1 << 14;  // elements of a thread on the CPU
+
+FloatType float_type(const char* op, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::kFloat32;
+    case ScalarType::BFloat16:
+      return FloatType::kBfloat16;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    default:
+      check(false, op, ": takes float32, bfloat16 and float16");
+  }
+  return {};
+}
+
+int shift_of(const char* name, int64_t block_size, int64_t least) {
+  check(block_size >= least && block_size <= 4096 && (block_size & (block_size - 1)) == 0,
+        "_nf4: ", name, " must be a power of two from ", least, " to 4096, got ", block_size);
+  int shift = 0;
+  while (int64_t{1} << shift < block_size) ++shift;
+  return shift;
+}
+
+// A contiguous tensor of `count` elements or more, on `like`'s device.
+void check_flat(const char* name, const Tensor& t, ScalarType type, int64_t count,
+                const Tensor& like) {
+  check(t.scalar_type() == type && t.is_contiguous() && t.numel() >= count &&
+            t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(),
+        "_nf4: ", name,
+        " must be contiguous, of the right dtype, on one device with the others "
+        "and have ",
+        count, " elements, got ", t.numel());
+}
+
+template <class OnCpu, class OnCuda>
+void run(const Tensor& like, int64_t first, int64_t last, int64_t block_size, OnCpu on_cpu,
+         [[maybe_unused]] OnCuda on_cuda) {
+  if (!like.is_cuda()) {
+    torch::stable::parallel_for(first, last, std::max<int64_t>(1, kGrain / block_size), on_cpu);
+    return;
+  }
+#ifdef FASTLORA_WITH_CUDA
+  const int32_t device = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  on_cuda(current_stream(device));
+#endif
+}
+
+// Codes [ceil(n / 2)] and absmax [ceil(n / block_size)] of a weight of n elements.
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t block_size) {
+  shift_of("block_size", block_size, 32);
+  check(weight.is_contiguous(), "_nf4_quantize: weight must be contiguous");
+  Nf4Quantize p{};
+  p.weight = weight.const_data_ptr();
+  p.type = float_type("_nf4_quantize", weight);
+  p.count = weight.numel();
+  p.block_size = block_size;
+  const int64_t blocks = ceil_div(p.count, block_size);
+  const Tensor codes = new_empty({ceil_div(p.count, 2)}, ScalarType::Byte, weight);
+  const Tensor absmax = new_empty({blocks}, ScalarType::Float, weight);
+  p.codes = codes.mutable_data_ptr<uint8_t>();
+  p.absmax = absmax.mutable_data_ptr<float>();
+  run(
+      weight, 0, blocks, block_size, [&](int64_t a, int64_t b) { nf4_quantize_cpu(p, a, b); },
+      [&](auto* stream) { nf4_quantize_cuda(p, stream); });
+  return {codes, absmax};
+}
+
+// Codes and absmax of scales less their offset.
+std::tuple<Tensor, Tensor> quantize_scales(const Tensor& values, const Tensor& code,
+                                           int64_t block_size) {
+  shift_of("the scales' block_size", block_size, 1);
+  check_flat("the scales", values, ScalarType::Float, 0, values);
+  check_flat("their code", code, ScalarType::Float, 256, values);
+  ScaleQuantize p{};
+  p.values = values.const_data_ptr<float>();
+  p.code = code.const_data_ptr<float>();
+  p.count = values.numel();
+  p.block_size = block_size;
+  const int64_t blocks = ceil_div(p.count, block_size);
+  const Tensor codes = new_empty({p.count}, ScalarType::Byte, values);
+  const Tensor absmax = new_empty({blocks}, ScalarType::Float, values);
+  p.codes = codes.mutable_data_ptr<uint8_t>();
+  p.absmax = absmax.mutable_data_ptr<float>();
+  run(
+      values, 0, blocks, block_size, [&](int64_t a, int64_t b) { scale_quantize_cpu(p, a, b); },
+      [&](auto* stream) { scale_quantize_cuda(p, stream); });
+  return {codes, absmax};
+}
+
+// Elements begin .. begin + out.numel() of the weight, into `out`, which comes back.
+Tensor dequantize(const Tensor& codes, const Tensor& absmax, OptionalTensor nested_absmax,
+                  OptionalTensor nested_code, OptionalTensor offset, int64_t block_size,
+                  int64_t nested_block_size, bool fp4, int64_t begin, const Tensor& out) {
+  Nf4Dequantize p{};
+  p.block_shift = shift_of("block_size", block_size, 32);
+  p.begin = begin;
+  p.count = out.numel();
+  p.fp4 = fp4;
+  p.type = float_type("_nf4_dequantize", out);
+  check(begin >= 0 && begin % 2 == 0, "_nf4_dequantize: begin must be even, got ", begin);
+  const int64_t end = begin + p.count, blocks = ceil_div(end, block_size);
+  check_flat("out", out, out.scalar_type(), 0, codes);
+  check_flat("codes", codes, ScalarType::Byte, ceil_div(end, 2), codes);
+  p.codes = codes.const_data_ptr<uint8_t>();
+  p.out = out.mutable_data_ptr();
+  if (nested_absmax.has_value()) {
+    check(nested_code.has_value() && offset.has_value(),
+          "_nf4_dequantize: nested_absmax, nested_code and offset come together");
+    p.scales.nested_shift = shift_of("nested_block_size", nested_block_size, 1);
+    check_flat("absmax", absmax, ScalarType::Byte, blocks, codes);
+    check_flat("nested_absmax", *nested_absmax, ScalarType::Float,
+               ceil_div(blocks, nested_block_size), codes);
+    check_flat("nested_code", *nested_code, ScalarType::Float, 256, codes);
+    check_flat("offset", *offset, ScalarType::Float, 1, codes);
+    p.scales.codes = absmax.const_data_ptr<uint8_t>();
+    p.scales.nested_absmax = nested_absmax->const_data_ptr<float>();
+    p.scales.nested_code = nested_code->const_data_ptr<float>();
+    p.scales.offset = offset->const_data_ptr<float>();
+  } else {
+    check_flat("absmax", absmax, ScalarType::Float, blocks, codes);
+    p.scales.absmax = absmax.const_data_ptr<float>();
+  }
+  run(
+      codes, begin / block_size, p.count == 0 ? begin / block_size : blocks, block_size,
+      [&](int64_t a, int64_t b) { nf4_dequantize_cpu(p, a, b); },
+      [&](auto* stream) { nf4_dequantize_cuda(p, stream); });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
+  m.impl("_nf4_quantize", TORCH_BOX(&quantize));
+  m.impl("_nf4_quantize_scales", TORCH_BOX(&quantize_scales));
+  m.impl("_nf4_dequantize", TORCH_BOX(&dequantize));
+}
+
+#ifdef FASTLORA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
+  m.impl("_nf4_quantize", TORCH_BOX(&quantize));
+  m.impl("_nf4_quantize_scales", TORCH_BOX(&quantize_scales));
+  m.impl("_nf4_dequantize", TORCH_BOX(&dequantize));
+}
+#endif
+
+}  // namespace
+}  // namespace fastlora
