@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Public name -> the module that holds it. Loaded on first use, so that an import costs torch and nothing else.
 _EXPORTS = {
     "lora_linear": "functional",
+    "qlora_linear": "functional",
     "backend": "ops",
     "explain": "ops",
     "launches": "_counters",
@@ -20,6 +21,7 @@ _EXPORTS = {
     "build_info": "_library",
     "NF4Tensor": "quant",
     "LoRALinear": "layers",
+    "QLoRALinear": "layers",
     "LoraConfig": "methods",
     "PeftModel": "models",
     "get_peft_model": "models",
@@ -33,9 +35,9 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from ._counters import launches, reset_launches
     from ._library import build_info
-    from .functional import lora_linear
+    from .functional import lora_linear, qlora_linear
     from .io import load_adapter, save_adapter
-    from .layers import LoRALinear
+    from .layers import LoRALinear, QLoRALinear
     from .methods import LoraConfig
     from .models import PeftModel, accelerate, acceleration_report, get_peft_model, restore
     from .ops import backend, explain
@@ -46,6 +48,7 @@ __all__ = [
     "LoraConfig",
     "NF4Tensor",
     "PeftModel",
+    "QLoRALinear",
     "__version__",
     "accelerate",
     "acceleration_report",
@@ -56,6 +59,7 @@ __all__ = [
     "launches",
     "load_adapter",
     "lora_linear",
+    "qlora_linear",
     "reset_launches",
     "restore",
     "save_adapter",

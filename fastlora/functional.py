@@ -9,8 +9,10 @@ from . import rng
 from ._autocast import autocast_dtype
 from .autograd import LoraLinearFunction
 from .ops.support import MAX_RANK
+from .quant import NF4Tensor
 
 _MAX_EXTENT = 2**31 - 1024  # rows and columns are counted in 32 bits, elements in 64
+_QUANTIZED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,16 +51,86 @@ def lora_linear(
         RuntimeError: ``weight`` requires grad; or, in backward, a second derivative is asked for.
     """
     dtype = _compute_dtype(x, weight)
-    _check(x, weight, lora_a, lora_b, scaling, bias, dtype)
-    keep = rng.keep_threshold(dropout_p)
-    if not training:
-        keep = rng.KEEP_ALL
-    dropping = 0 < keep < rng.KEEP_ALL
-    rng_state = rng.draw_state(x.device) if dropping else None
+    if weight.ndim != 2:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}; accepted is [N, K], as in nn.Linear"
+        )
+    if weight.requires_grad:
+        raise RuntimeError(
+            "weight: requires grad, but the low-rank update is trained beside a frozen weight; call "
+            "weight.requires_grad_(False) (fastlora.get_peft_model does it for a whole model)"
+        )
+    _check(x, weight.shape, weight.device, lora_a, lora_b, scaling, bias, dtype)
+    keep, rng_state = _dropout(dropout_p, training, x)
     y: Tensor = LoraLinearFunction.apply(
         x, weight, lora_a, lora_b, scaling, bias, keep, rng_state, dtype
     )
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def qlora_linear(
+    x: Tensor,
+    qweight: NF4Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``lora_linear`` over a frozen 4-bit weight (QLoRA, arXiv 2305.14314).
+
+    ``y = x W^T + bias + scaling * dropout(x) lora_a^T lora_b^T``, W = ``qweight.dequantize()`` in the compute dtype, for
+    as long as its product takes: it is never saved, and made again in backward.
+
+    Args:
+        x: input [..., K]; float32, bfloat16 or float16. Autocast's dtype, or else x's, is the compute dtype, whatever
+            dtype the weight once had.
+        qweight: ``fastlora.NF4Tensor`` of shape (N, K).
+        lora_a, lora_b, scaling, bias, dropout_p, training: as in ``lora_linear``.
+
+    Returns:
+        y [..., N] in the compute dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
+        RuntimeError: in backward, a second derivative is asked for.
+    """
+    if not isinstance(qweight, NF4Tensor):
+        raise TypeError(
+            f"qweight: got {type(qweight).__name__}; accepted is a fastlora.NF4Tensor (NF4Tensor.quantize(weight) makes one)"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}; accepted is a torch.Tensor")
+    if x.dtype not in _QUANTIZED_DTYPES:
+        raise ValueError(
+            f"x: got {x.dtype}; accepted beside a 4-bit weight are {', '.join(map(str, _QUANTIZED_DTYPES))}"
+        )
+    dtype = autocast_dtype(x.device) or x.dtype
+    _check(x, qweight.shape, qweight.device, lora_a, lora_b, scaling, bias, dtype)
+    keep, rng_state = _dropout(dropout_p, training, x)
+    y: Tensor = LoraLinearFunction.apply(
+        x,
+        qweight.codes,
+        lora_a,
+        lora_b,
+        scaling,
+        bias,
+        keep,
+        rng_state,
+        dtype,
+        qweight.form,
+        *qweight.scales,
+    )
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def _dropout(p: float, training: bool, x: Tensor) -> tuple[int, Tensor | None]:
+    """(keep threshold, a fresh state where something is dropped)."""
+    keep = rng.keep_threshold(p)
+    if not training:
+        keep = rng.KEEP_ALL
+    return keep, rng.draw_state(x.device) if 0 < keep < rng.KEEP_ALL else None
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -82,23 +154,16 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    shape: torch.Size,
+    device: torch.device,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float | Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    if weight.ndim != 2:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}; accepted is [N, K], as in nn.Linear"
-        )
-    if weight.requires_grad:
-        raise RuntimeError(
-            "weight: requires grad, but the low-rank update is trained beside a frozen weight; call "
-            "weight.requires_grad_(False) (fastlora.get_peft_model does it for a whole model)"
-        )
-    n, k = weight.shape
+    n, k = shape
+    sizes: tuple[object, ...]
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(
             f"x: got shape {tuple(x.shape)}; accepted is [..., {k}], for weight is [{n}, {k}]"
@@ -111,7 +176,7 @@ def _check(
     # Autocast casts whatever it meets; without it, only fp32 master weights may differ from x.
     accepted = (dtype, torch.float32) if autocast_dtype(x.device) is None else _DTYPES
     rank = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.ndim == 2 else "r"
-    for name, value, shape in (
+    for name, value, sizes in (
         ("lora_a", lora_a, (rank, k)),
         ("lora_b", lora_b, (n, rank)),
         ("bias", bias, (n,)),
@@ -120,8 +185,8 @@ def _check(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}; accepted is a torch.Tensor")
-        if tuple(value.shape) != shape:
-            wanted = ", ".join(map(str, shape))
+        if tuple(value.shape) != sizes:
+            wanted = ", ".join(map(str, sizes))
             raise ValueError(f"{name}: got shape {tuple(value.shape)}; accepted is [{wanted}]")
         if value.dtype not in accepted:
             names = ", ".join(map(str, accepted))
@@ -130,10 +195,8 @@ def _check(
             raise ValueError(
                 f"{name}: is on {value.device}, x on {x.device}; move it with .to({str(x.device)!r})"
             )
-    if weight.device != x.device:
-        raise ValueError(
-            f"weight: is on {weight.device}, x on {x.device}; move one of them with .to()"
-        )
+    if device != x.device:
+        raise ValueError(f"weight: is on {device}, x on {x.device}; move one of them with .to()")
     if isinstance(rank, int) and rank > MAX_RANK:
         raise ValueError(f"lora_a: got rank {rank}; accepted are 0 to {MAX_RANK}")
     if isinstance(scaling, Tensor):

@@ -1,9 +1,10 @@
 // Quantises and dequantises NF4 on any CUDA GPU.
 //
-// dequantize  w = round(value[code] * absmax): a thread turns 4 bytes into 8 elements, 4 times over
-//             before it goes on to the next 8192 elements of its CTA, so that loads and stores of a
-//             warp are contiguous. The values lie in shared memory 32 times, a bank for every lane.
-//             Quantised scales are resolved on the way. 3 KB of shared memory.
+// dequantize  w = round(value[code] * absmax): a warp turns a span of 1024 elements into floats, by
+//             contiguous loads and stores. A lane has the scale of one of the span's blocks, which
+//             it hands to the others; quantised scales are resolved on the way. The values lie in
+//             shared memory 32 times, a bank for every lane. 3 KB of shared memory. CTAs that stay,
+//             and load spans ahead, were slower.
 // quantize    a warp a block: its absmax, then its codes, two elements a lane and step
 // scales      a warp a block of scales: likewise, by search in 256 codes. 1 KB of shared memory.
 #include <cuda_bf16.h>
@@ -18,9 +19,11 @@ namespace fastlora {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunk = 8;   // elements of a thread's store
-constexpr int kUnroll = 4;  // chunks of a thread in flight
+constexpr int kChunk = 8;                     // elements of a thread's store
+constexpr int kUnroll = 4;                    // chunks of a thread in a span
+constexpr int kSpan = 32 * kChunk * kUnroll;  // elements of a warp
 constexpr int64_t kMaxBlocks = int64_t{1} << 16;
+constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
 template <class T>
 __device__ __forceinline__ T rounded(float value) {
@@ -50,61 +53,86 @@ __device__ __forceinline__ void store(T* out, const float (&v)[kChunk]) {
   }
 }
 
-// Two roundings, as bitsandbytes has them.
-__device__ __forceinline__ float scale_of(const Nf4Scales& scales, const float* nested_code,
-                                          int64_t block) {
-  if (scales.absmax != nullptr) return __ldg(scales.absmax + block);
-  const float product = __fmul_rn(nested_code[__ldg(scales.codes + block)],
-                                  __ldg(scales.nested_absmax + (block >> scales.nested_shift)));
-  return __fadd_rn(product, __ldg(scales.offset));
+// What a lane loads for a span before it is turned into floats: its codes, and the scale of one of
+// the span's blocks, which the others get from it.
+struct Loaded {
+  uint32_t words[kUnroll];
+  float absmax;  // or nested_absmax, of
+  uint32_t code;
+};
+
+__device__ __forceinline__ Loaded load_span(const Nf4Dequantize& p, int64_t span, int lane) {
+  const int64_t first = p.begin + span * kSpan;
+  const auto* const codes = reinterpret_cast<const uint32_t*>(p.codes + first / 2) + lane;
+  Loaded loaded;
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) loaded.words[i] = __ldcs(codes + i * 32);
+  const int64_t last_block = (p.begin + p.count - 1) >> p.block_shift;
+  const int64_t block = min((first >> p.block_shift) + lane, last_block);
+  if (p.scales.absmax != nullptr) {
+    loaded.absmax = __ldg(p.scales.absmax + block);
+  } else {
+    loaded.code = __ldg(p.scales.codes + block);
+    loaded.absmax = __ldg(p.scales.nested_absmax + (block >> p.scales.nested_shift));
+  }
+  return loaded;
 }
 
-// kAligned: codes and out suit loads of 4 and stores of 16 bytes, and begin is a multiple of 8.
+// Two roundings, as bitsandbytes has them.
+__device__ __forceinline__ float scale_of(float nested_code, float nested_absmax, float offset) {
+  return __fadd_rn(__fmul_rn(nested_code, nested_absmax), offset);
+}
+
+// kAligned: codes suit loads of 4 bytes, out stores of 16, and begin is a multiple of 32.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(Nf4Dequantize p, CodeBook book) {
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+    dequantize_kernel(Nf4Dequantize p, CodeBook book) {
   __shared__ float table[16 * 32];
   __shared__ float nested_code[256];
+  const int lane = threadIdx.x % 32;
+  const int64_t spans = kAligned ? p.count / kSpan : 0;
+  const int64_t span = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+  Loaded loaded;
+  if (kAligned && span < spans) loaded = load_span(p, span, lane);
+  const bool nested = p.scales.absmax == nullptr;
+  float offset = 0;
   for (int i = threadIdx.x; i < 16 * 32; i += kThreads) table[i] = book.value[i / 32];
-  if (p.scales.absmax == nullptr) nested_code[threadIdx.x] = p.scales.nested_code[threadIdx.x];
+  if (nested) {
+    nested_code[threadIdx.x] = p.scales.nested_code[threadIdx.x];
+    offset = *p.scales.offset;
+  }
   __syncthreads();
-  const float* const values = table + threadIdx.x % 32;
+  const float* const values = table + lane;
   auto* const out = static_cast<T*>(p.out);
 
-  int64_t tail = 0;
   if constexpr (kAligned) {
-    const int64_t chunks = p.count / kChunk;
-    tail = chunks * kChunk;
-    const auto* const codes = reinterpret_cast<const uint32_t*>(p.codes + p.begin / 2);
-    for (int64_t first = int64_t{blockIdx.x} * kThreads * kUnroll; first < chunks;
-         first += int64_t{gridDim.x} * kThreads * kUnroll) {
-      uint32_t words[kUnroll];
-      float scales[kUnroll];
+    if (span < spans) {
+      const int64_t first = span * kSpan;
+      const float own =
+          nested ? scale_of(nested_code[loaded.code], loaded.absmax, offset) : loaded.absmax;
+      const int in_block = static_cast<int>(p.begin + first) & ((1 << p.block_shift) - 1);
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int64_t chunk = first + i * kThreads + threadIdx.x;
-        if (chunk >= chunks) break;
-        words[i] = __ldcs(codes + chunk);
-        scales[i] = scale_of(p.scales, nested_code, (p.begin + chunk * kChunk) >> p.block_shift);
-      }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const int64_t chunk = first + i * kThreads + threadIdx.x;
-        if (chunk >= chunks) break;
+        const int element = (i * 32 + lane) * kChunk;
+        const float scale = __shfl_sync(0xFFFFFFFF, own, (in_block + element) >> p.block_shift);
         float made[kChunk];
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {
-          const uint32_t code = words[i] >> (j / 2 * 8 + (1 - j % 2) * 4) & 15;
-          made[j] = __fmul_rn(values[code * 32], scales[i]);
+          const uint32_t code = loaded.words[i] >> (j / 2 * 8 + (1 - j % 2) * 4) & 15;
+          made[j] = __fmul_rn(values[code * 32], scale);
         }
-        store(out + chunk * kChunk, made);
+        store(out + first + element, made);
       }
     }
   }
-  for (int64_t i = tail + int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.count;
+  for (int64_t i = spans * kSpan + int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.count;
        i += int64_t{gridDim.x} * kThreads) {
-    const int64_t at = p.begin + i;
+    const int64_t at = p.begin + i, block = at >> p.block_shift;
     const uint32_t code = p.codes[at / 2] >> (at % 2 == 0 ? 4 : 0) & 15;
-    const float scale = scale_of(p.scales, nested_code, at >> p.block_shift);
+    const float scale =
+        nested ? scale_of(nested_code[p.scales.codes[block]],
+                          p.scales.nested_absmax[block >> p.scales.nested_shift], offset)
+               : p.scales.absmax[block];
     out[i] = rounded<T>(__fmul_rn(values[code * 32], scale));
   }
 }
@@ -185,10 +213,10 @@ void of_type(FloatType type, Run run) {
 
 void nf4_dequantize_cuda(const Nf4Dequantize& p, CUstream_st* stream) {
   if (p.count == 0) return;
-  const bool aligned = reinterpret_cast<uintptr_t>(p.codes + p.begin / 2) % 4 == 0 &&
-                       p.begin % kChunk == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-  const int64_t elements = int64_t{kThreads} * (aligned ? kChunk * kUnroll : 1);
-  const int blocks = grid(ceil_div(p.count, elements));
+  const bool aligned = reinterpret_cast<uintptr_t>(p.codes) % 4 == 0 && p.begin % 32 == 0 &&
+                       reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  const int64_t elements = aligned ? kThreads / 32 * kSpan : kThreads;
+  const int blocks = static_cast<int>(std::min(ceil_div(p.count, elements), kMaxGrid));
   of_type(p.type, [&](auto zero) {
     using T = decltype(zero);
     auto* const kernel = aligned ? dequantize_kernel<T, true> : dequantize_kernel<T, false>;

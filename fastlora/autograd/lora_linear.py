@@ -6,11 +6,13 @@
 
 with s' = s / (1 - p): the mask's scale is folded into h and g, so nothing else multiplies. Saved: x as it came (one
 tensor, however many layers share it), h, and the two-word dropout state; never a mask, a cast copy or W in another form.
+A 4-bit W is made floats in either direction, for as long as its product takes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from ..rng import keep_scale
 
 class LoraLinearFunction(torch.autograd.Function):
     """Inputs: x [..., K], weight [N, K], lora_a [r, K], lora_b [N, r], scaling (float | 0-d Tensor), bias [N] or None,
-    keep threshold, rng_state int64[2] or None, compute dtype. ``functional.lora_linear`` has checked them."""
+    keep threshold, rng_state int64[2] or None, compute dtype; of a 4-bit weight its codes for weight, then its form and
+    scales. ``functional`` has checked them."""
 
     @staticmethod
     def forward(
@@ -36,6 +39,8 @@ class LoraLinearFunction(torch.autograd.Function):
         keep: int,
         rng_state: Tensor | None,
         dtype: torch.dtype,
+        form: ops.Form | None = None,
+        *scales: Tensor,
     ) -> Tensor:
         need_x, need_a, need_b = (
             ctx.needs_input_grad[0],
@@ -50,7 +55,7 @@ class LoraLinearFunction(torch.autograd.Function):
         if low_rank:
             y, h = ops.lora_forward(
                 rows,
-                _as(weight, dtype),
+                _floats(weight, scales, form, dtype),
                 lora_a,
                 lora_b,
                 bias,
@@ -60,7 +65,7 @@ class LoraLinearFunction(torch.autograd.Function):
                 keep,
             )
         else:
-            y = ops.gemm(rows, _as(weight, dtype), None, None, bias)
+            y = ops.gemm(rows, _floats(weight, scales, form, dtype), None, None, bias)
 
         ctx.save_for_backward(
             x if need_a and low_rank else None,
@@ -70,7 +75,9 @@ class LoraLinearFunction(torch.autograd.Function):
             h if need_b else None,
             rng_state if low_rank else None,
             scaling_tensor,
+            *(scales if need_x else ()),
         )
+        ctx.form, ctx.arguments = form, 10 + len(scales)
         ctx.scale, ctx.keep, ctx.dtype, ctx.low_rank = scale, keep, dtype, low_rank
         ctx.x_shape, ctx.x_dtype, ctx.in_features = x.shape, x.dtype, x.shape[-1]
         ctx.a_like, ctx.b_like = (lora_a.shape, lora_a.dtype), (lora_b.shape, lora_b.dtype)
@@ -85,7 +92,7 @@ class LoraLinearFunction(torch.autograd.Function):
                 "Call backward without it, or use fastlora.reference.lora_linear where a double backward is needed"
             )
         (grad,) = grads
-        x, weight, lora_a, lora_b, h, rng_state, scaling_tensor = ctx.saved_tensors
+        x, weight, lora_a, lora_b, h, rng_state, scaling_tensor, *scales = ctx.saved_tensors
         need_x, _, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
         dtype, keep = ctx.dtype, ctx.keep
         dy = _rows(grad, dtype)
@@ -94,7 +101,7 @@ class LoraLinearFunction(torch.autograd.Function):
         want_a, want_b = need_a and low_rank, need_b and low_rank
         dx, d_a, d_b, d_bias = ops.lora_backward(
             dy,
-            _as(weight, dtype) if need_x else None,
+            _floats(weight, scales, ctx.form, dtype) if need_x else None,
             lora_a,
             lora_b,
             _rows(x, dtype) if want_a else None,
@@ -112,7 +119,7 @@ class LoraLinearFunction(torch.autograd.Function):
             d_a = dy.new_zeros(ctx.a_like[0], dtype=ctx.a_like[1])
         if need_b and not want_b:
             d_b = dy.new_zeros(ctx.b_like[0], dtype=ctx.b_like[1])
-        return (
+        gradients = (
             _as(dx if len(ctx.x_shape) == 2 else dx.view(ctx.x_shape), ctx.x_dtype)
             if need_x
             else None,
@@ -121,10 +128,15 @@ class LoraLinearFunction(torch.autograd.Function):
             d_b if need_b else None,
             None,
             d_bias if need_bias else None,
-            None,
-            None,
-            None,
         )
+        return gradients + (None,) * (ctx.arguments - len(gradients))
+
+
+def _floats(
+    weight: Tensor, scales: Sequence[Tensor], form: ops.Form | None, dtype: torch.dtype
+) -> Tensor:
+    """The weight [N, K] in ``dtype``."""
+    return _as(weight, dtype) if form is None else ops.dequantize(weight, scales, form, dtype)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..layers import LoRALayer, LoRALinear, TrainableCopy
+from ..layers import LoRALayer, LoRALinear, QLoRALinear, TrainableCopy
 from ..layers.base import check_adapter_name
 from ..layers.plain import FLOATS
 from ..methods import LoraConfig
@@ -170,7 +170,7 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, _Entry]:
     for name, module in base.named_modules():
         at = f"{_PREFIX}{name}." if name else _PREFIX
         if isinstance(module, LoRALayer):
-            if isinstance(module, LoRALinear):
+            if isinstance(module, (LoRALinear, QLoRALinear)) and module.r:
                 adapted.add(f"{name}.bias")
             if adapter_name in module.r:
                 for part, factors in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):

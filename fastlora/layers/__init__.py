@@ -2,7 +2,8 @@
 
 from .base import LoRALayer
 from .linear import LoRALinear
+from .qlora import QLoRALinear
 from .saved import TrainableCopy
 from .wrapper import LoRAWrapper
 
-__all__ = ["LoRALayer", "LoRALinear", "LoRAWrapper", "TrainableCopy"]
+__all__ = ["LoRALayer", "LoRALinear", "LoRAWrapper", "QLoRALinear", "TrainableCopy"]

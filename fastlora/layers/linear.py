@@ -57,7 +57,7 @@ class LoRALinear(LoRALayer):
         init_lora_weights: bool | str = True,
     ) -> None:
         super().__init__(in_features, out_features)
-        _refuse_dora(use_dora)
+        refuse_dora(use_dora)
         self._share(nn.Linear(in_features, out_features, bias, device, dtype))
         self.add_adapter(
             "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
@@ -98,7 +98,7 @@ class LoRALinear(LoRALayer):
                 "accepted is a float weight [N, K]. fastlora.layers.LoRAWrapper puts adapters "
                 "over a quantised linear"
             )
-        _refuse_dora(use_dora)
+        refuse_dora(use_dora)
         layer = cls.__new__(cls)
         LoRALayer.__init__(layer, linear.in_features, linear.out_features)
         layer._share(linear)
@@ -134,7 +134,7 @@ class LoRALinear(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; see ``fastlora.lora_linear`` for dtypes and errors."""
         names = self._acting()
-        if len(names) == 1 and self._fused_dtype(x, self.lora_A[names[0]]):
+        if len(names) == 1 and fused_dtype(x, self.lora_A[names[0]]):
             name = names[0]
             return lora_linear(
                 x,
@@ -149,18 +149,17 @@ class LoRALinear(LoRALayer):
         y = F.linear(x, self.weight, self.bias)
         return self._add_updates(y, x, names) if names else y
 
-    @staticmethod
-    def _fused_dtype(x: Tensor, a: Tensor) -> bool:
-        """Adapters below x's precision (cast to bf16 in an fp32 model) go through plain torch."""
-        return (
-            a.dtype == torch.float32 or a.dtype == x.dtype or autocast_dtype(x.device) is not None
-        )
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
 
 
-def _refuse_dora(use_dora: bool) -> None:
+def fused_dtype(x: Tensor, a: Tensor) -> bool:
+    """Adapters below x's precision (cast to bf16 in an fp32 model) go through plain torch."""
+    return a.dtype == torch.float32 or a.dtype == x.dtype or autocast_dtype(x.device) is not None
+
+
+def refuse_dora(use_dora: bool) -> None:
+    """NotImplementedError if ``use_dora``."""
     if use_dora:
         raise NotImplementedError(
             "use_dora: got True; DoRA is not there yet. Use peft.LoraConfig(use_dora=True) with "

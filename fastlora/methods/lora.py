@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..layers.inits import check_init
+from ..layers.inits import changes_base_weight, check_init
 from ..ops.support import MAX_RANK
 
 CONFIG_NAME = "adapter_config.json"
@@ -84,7 +84,8 @@ class LoraConfig:
             the head too.
         base_model_name_or_path, revision: recorded in the file.
         inference_mode: adapters are created frozen.
-        quantize: None; quantised bases come in a later version.
+        quantize: None, or "nf4": every linear of the base but the output layer is kept in 4 bits (QLoRA, arXiv
+            2305.14314), quantised one by one. It describes the base, so that it is not in the file.
 
     Every other field of ``peft.LoraConfig`` is accepted at its default.
 
@@ -144,12 +145,6 @@ class LoraConfig:
         self._check_patterns()
 
     def _refuse_unsupported(self) -> None:
-        if self.quantize is not None:
-            raise NotImplementedError(
-                f"quantize: got {self.quantize!r}; quantised bases come in a later version. Load "
-                "the base with bitsandbytes (transformers' BitsAndBytesConfig) and leave "
-                "quantize=None: adapters go over it as it is"
-            )
         for name, default in _UNSUPPORTED.items():
             value = getattr(self, name)
             if value != default and value not in ([], {}):
@@ -170,9 +165,16 @@ class LoraConfig:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; accepted are True and False")
 
     def _check_choices(self) -> None:
+        self.init_lora_weights = check_init(self.init_lora_weights)
+        if self.quantize not in (None, "nf4"):
+            raise ValueError(f"quantize: got {self.quantize!r}; accepted are None and 'nf4'")
+        if self.quantize and changes_base_weight(self.init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights: {self.init_lora_weights!r} takes its factors out of the base weight, which cannot be "
+                "put back into 4 bits; use True with quantize"
+            )
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias: got {self.bias!r}; accepted are 'none', 'all' and 'lora_only'")
-        self.init_lora_weights = check_init(self.init_lora_weights)
         if self.task_type is not None:
             self.task_type = getattr(
                 self.task_type, "value", self.task_type

@@ -135,6 +135,21 @@ def resolve_targets(config: LoraConfig, model: nn.Module) -> list[str] | str:
     return list(targets)
 
 
+def quantizable(config: LoraConfig, model: nn.Module) -> list[str]:
+    """Names of every nn.Linear that a 4-bit base holds in 4 bits: all but the output layer, and what is trained whole."""
+    skip = _output_module(config, model)
+    saved = config.modules_to_save or []
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and type(module) is nn.Linear
+        and module is not skip
+        and name.rpartition(".")[2] != "lm_head"
+        and not any(name.endswith(part) or f"{part}." in name for part in saved)
+    ]
+
+
 def all_linear(config: LoraConfig, model: nn.Module) -> list[str]:
     """Names of every nn.Linear (or subclass) and Conv1D but the output layer or classifier."""
     skip = _output_module(config, model)

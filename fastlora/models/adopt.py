@@ -26,12 +26,13 @@ class LayerReport(NamedTuple):
 
 
 def accelerate(model: Model) -> Model:
-    """Let a stock PEFT model's LoRA layers run on fastlora's kernels, in place; idempotent.
+    """Let a stock PEFT model's LoRA layers, over nn.Linear or bitsandbytes' Linear4bit, run on
+    fastlora's kernels, in place; idempotent.
 
     Outputs and gradients stay within fastlora's accuracy rule, state_dict keys the same. A layer
     decides at every forward; where there is no fast path (merged, disabled, several adapters at
     once, mixed batches, hooks on its parts, ...) it runs PEFT's own forward. Layers that never have
-    one (DoRA, convolutions, embeddings, quantised bases, ...) are left as they are;
+    one (DoRA, convolutions, embeddings, 8-bit bases, ...) are left as they are;
     ``fastlora.acceleration_report(model)`` names each with its reason.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import LoRALayer, LoRALinear, LoRAWrapper, TrainableCopy
+from ..layers import LoRALayer, LoRALinear, LoRAWrapper, QLoRALinear, TrainableCopy
 from ..layers.base import check_adapter_name
 from ..layers.inits import changes_base_weight
 from ..layers.plain import FLOATS, is_plain_linear
@@ -24,6 +24,7 @@ from ..methods.matching import (
     is_target,
     is_transformers_model,
     pattern_value,
+    quantizable,
     resolve_targets,
     shortest_names,
     unmatched_patterns,
@@ -39,6 +40,7 @@ def get_peft_model(
     config: LoraConfig,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
+    device: torch.device | str | None = None,
 ) -> PeftModel:
     """Put fastlora's LoRA layers into ``model``, in place, and freeze the rest.
 
@@ -48,6 +50,8 @@ def get_peft_model(
         adapter_name: name of the adapter.
         autocast_adapter_dtype: adapters of an fp16 or bf16 base are kept in fp32 (PEFT's default);
             False: in the base's dtype.
+        device: where the model goes. With ``config.quantize`` it is quantised there, linear by linear, so that a base
+            that was loaded on the CPU never has to fit on the GPU in full precision. None: where it is.
 
     Returns:
         A ``fastlora.PeftModel`` around ``model``; for a transformers model with peft installed it
@@ -57,8 +61,10 @@ def get_peft_model(
         TypeError, ValueError, NotImplementedError: bad arguments, no module matched, or a module
             that cannot be adapted. The model is then as it was.
     """
-    injection = Injection(model, config, adapter_name, autocast_adapter_dtype)
+    injection = Injection(model, config, adapter_name, autocast_adapter_dtype, device)
     injection.apply()
+    if device is not None:
+        model.to(device)
     return injection.wrap()
 
 
@@ -79,12 +85,13 @@ class Injection:
         config: LoraConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
+        device: torch.device | str | None = None,
     ) -> None:
         _check_model(model)
         self.model = model
         self.adapter_name = check_adapter_name(adapter_name)
         self.config = _own_config(config)
-        self._widen = autocast_adapter_dtype
+        self._widen, self._device = autocast_adapter_dtype, device
         self._swaps: list[_Swap] = []
         self._trained_before = [(p, p.requires_grad) for p in model.parameters()]
         self._modules = dict(model.named_modules())
@@ -151,6 +158,8 @@ class Injection:
             id(child) for m in self._modules.values() for child in m._modules.values()
         )
         users = Counter(id(p) for m in self._modules.values() for p in m._parameters.values())
+        quantized = quantizable(config, self.model) if config.quantize else []
+        self._quantized = {name for name in quantized if self._is_quantizable(name, users)}
         for name in names:
             module = self._modules[name]
             self._check_target(name, module)
@@ -164,7 +173,26 @@ class Injection:
                     "init_lora_weights=True"
                 )
             self._swap_child(name, self._layer(name, module))
+        for name in sorted(self._quantized - set(names)):
+            self._swap_child(name, self._in_nf4(self._modules[name], r=None))
         self._plan_encoders(names)
+
+    def _is_quantizable(self, name: str, users: Counter[int]) -> bool:
+        """Alone with its weight, computing what its class says, and asked for its output rather than its weight."""
+        module = self._modules[name]
+        return (
+            is_plain_linear(module)
+            and module.weight.dtype != torch.float64
+            and users[id(module.weight)] == 1
+            and self._owners[id(module)] == 1
+            and not isinstance(
+                self._parent(name), (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+            )
+        )
+
+    def _in_nf4(self, module: nn.Module, **settings: Any) -> LoRALayer:
+        assert isinstance(module, nn.Linear)
+        return QLoRALinear.from_linear(module, device=self._device, **settings)
 
     def _no_match(self) -> str:
         config = self.config
@@ -223,6 +251,8 @@ class Injection:
             "adapter_name": self.adapter_name,
         }
         try:
+            if name in self._quantized:
+                return self._in_nf4(module, **settings)
             if is_plain_linear(module):
                 assert isinstance(module, nn.Linear)
                 return LoRALinear.from_linear(module, **settings)
@@ -352,7 +382,7 @@ def trained_biases(model: nn.Module, config: LoraConfig) -> dict[str, nn.Paramet
     adapted = {
         id(m.bias)
         for m in model.modules()
-        if isinstance(m, (LoRALinear, LoRAWrapper)) and m.bias is not None
+        if isinstance(m, (LoRALinear, LoRAWrapper, QLoRALinear)) and m.bias is not None
     }
     return {name: parameter for name, parameter in biases.items() if id(parameter) in adapted}
 

@@ -1,4 +1,5 @@
-"""A ``peft.tuners.lora.Linear`` that runs ``lora_linear`` wherever that is the same thing.
+"""PEFT's ``lora.Linear`` and ``lora.Linear4bit`` (over bitsandbytes) that run ``lora_linear`` and
+``qlora_linear`` wherever that is the same thing.
 
 Imported only where there is a PEFT layer. ``_parts`` holds the conditions of the layer, which the
 report shows too, and ``_call_obstacle`` those of one call. Both run at every forward of every
@@ -7,6 +8,7 @@ layer, so they read nn.Module's own dicts.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +17,23 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._autocast import autocast_dtype
-from ..functional import lora_linear
+from ..functional import lora_linear, qlora_linear
 from ..layers.plain import FLOATS, is_undisturbed
 from ..ops.support import MAX_RANK
+from ..quant import NF4Tensor
+from ..quant import bitsandbytes as bnb
 
 _ORDINARY = (Tensor, nn.Parameter)
+_BITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Parts(NamedTuple):
     """What one product needs of a layer."""
 
-    weight: Tensor
+    weight: Tensor | NF4Tensor
     bias: Tensor | None
     a: Tensor
     b: Tensor
@@ -35,40 +41,62 @@ class _Parts(NamedTuple):
     dropout: nn.Module
 
 
-class FastLoraLinear(Linear):
-    """PEFT's layer in every respect but ``forward``."""
+class Fast:
+    """In front of a PEFT class: that class in every respect but ``forward``."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> [..., N]: one product, or PEFT's own forward where that is not the same."""
         parts = "called with more than x" if args or kwargs else _parts(self)
         if isinstance(parts, str) or _call_obstacle(self, parts, x) is not None:
-            y: Tensor = super().forward(x, *args, **kwargs)
+            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
         weight, bias, a, b, scaling, dropout = parts
         p = dropout.p if type(dropout) is nn.Dropout else 0.0
-        return lora_linear(x, weight, a, b, scaling, bias, p, dropout.training)
+        product: Any = qlora_linear if isinstance(weight, NF4Tensor) else lora_linear
+        made: Tensor = product(x, weight, a, b, scaling, bias, p, dropout.training)
+        return made
+
+
+class FastLoraLinear(Fast, Linear):
+    """PEFT's ``lora.Linear``, fast."""
+
+
+_FAST: dict[Any, Any] = {Linear: FastLoraLinear}
+
+
+def _fast_class(cls: Any) -> Any:
+    """The fast class of PEFT's ``cls``, or None. Its Linear4bit exists where bitsandbytes does."""
+    theirs: Any = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+    if cls is theirs and cls not in _FAST:
+        _FAST[cls] = type("FastLoraLinear4bit", (Fast, cls), {"__module__": __name__})
+    return _FAST.get(cls)
 
 
 def adopt(layer: nn.Module) -> None:
-    """Give ``layer`` the fast class if it is PEFT's plain Linear and could ever be fast."""
-    if type(layer) is Linear and _never(layer) is None:
-        layer.__class__ = FastLoraLinear
+    """Give ``layer`` the fast class if its class has one and it could ever be fast."""
+    fast = _fast_class(type(layer))
+    if fast is not None and _never(layer) is None:
+        layer.__class__ = fast
+
+
+def _is_fast_class(cls: type) -> bool:
+    return Fast in cls.__bases__
 
 
 def is_stuck(layer: nn.Module) -> bool:
     """Whether something (fully_shard, say) has built a class of its own upon the fast one."""
-    return isinstance(layer, FastLoraLinear) and type(layer) is not FastLoraLinear
+    return isinstance(layer, Fast) and not _is_fast_class(type(layer))
 
 
 def release(layer: nn.Module) -> None:
     """Give ``layer`` PEFT's class back."""
-    if type(layer) is FastLoraLinear:
-        layer.__class__ = Linear  # type: ignore[assignment]
+    if _is_fast_class(type(layer)):
+        layer.__class__ = type(layer).__bases__[1]
 
 
 def obstacle(layer: Any) -> str | None:
     """Why this PEFT layer's next forward cannot be fast, as far as the layer goes, or None."""
-    if not isinstance(layer, FastLoraLinear):
+    if not isinstance(layer, Fast):
         return _never(layer) or "not accelerated"
     parts = _parts(layer)
     return parts if isinstance(parts, str) else None
@@ -76,7 +104,7 @@ def obstacle(layer: Any) -> str | None:
 
 def _never(layer: Any) -> str | None:
     """What makes a layer slow for good (its kind, its base, or every one of its adapters)."""
-    if type(layer) is not Linear:
+    if _fast_class(type(layer)) is None:
         return f"PEFT's {type(layer).__name__} layer has no fast path"
     reason = _base_obstacle(layer, layer.base_layer)
     if reason is not None or not layer.lora_A:
@@ -108,12 +136,43 @@ def _parts(layer: Any) -> _Parts | str:
         return "lora_B or lora_dropout has a hook or a forward of its own"
     if _has_any_global_hook():
         return "a global module hook is set"
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    weight: Any = base._parameters["weight"]
+    bias = base._parameters["bias"]
+    if hasattr(weight, "quant_state"):
+        weight = _wrapped(weight)
     factors = a._parameters["weight"], b._parameters["weight"]
     return _Parts(weight, bias, *factors, layer.scaling[name], dropout)
 
 
+_wraps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _wrapped(param: Any) -> NF4Tensor:
+    """A Params4bit as an NF4Tensor over its memory: made once, and again where that has moved."""
+    state = param.quant_state
+    memory = (param.data_ptr(), state.absmax.data_ptr(), id(state))
+    known = _wraps.get(param)
+    if known is None or known[0] != memory:
+        known = memory, NF4Tensor.from_bitsandbytes(param)
+        _wraps[param] = known
+    tensor: NF4Tensor = known[1]
+    return tensor
+
+
+def _base4bit_obstacle(base: Any) -> str | None:
+    param = base._parameters["weight"]
+    if type(base).__name__ != "Linear4bit" or not hasattr(param, "quant_state"):
+        return f"its base is a {type(base).__name__} over a {type(param).__name__}"
+    known = _wraps.get(param)
+    if known is not None and known[0][2] == id(param.quant_state):
+        return None  # asked at every forward, and a look at its code costs a synchronisation
+    reason = bnb.obstacle(param)
+    return None if reason is None else f"the base weight {reason}"
+
+
 def _base_obstacle(layer: Any, base: nn.Module) -> str | None:
+    if not isinstance(layer, Linear):
+        return _base4bit_obstacle(base)
     if type(base) is not nn.Linear:
         return f"its base is a {type(base).__name__}, not an nn.Linear"
     if layer.fan_in_fan_out:
@@ -149,7 +208,9 @@ def _adapter_obstacle(layer: Any, name: str) -> str | None:
 def _call_obstacle(layer: Any, parts: _Parts, x: Any) -> str | None:
     """What only the call shows: kinds, dtypes and shapes that PEFT treats in its own way."""
     weight, bias, a, b = parts[:4]
-    for tensor in (x, weight, a, b, weight if bias is None else bias):
+    quantized = isinstance(weight, NF4Tensor)
+    read = weight.codes if isinstance(weight, NF4Tensor) else weight
+    for tensor in (x, read, a, b, read if bias is None else bias):
         if type(tensor) not in _ORDINARY and not _is_ordinary(tensor):
             return "a distributed, quantised or intercepting tensor"
     n, k = layer.out_features, layer.in_features
@@ -160,9 +221,17 @@ def _call_obstacle(layer: Any, parts: _Parts, x: Any) -> str | None:
         return "an input that the base itself will refuse or treat in its own way"
     if b.dtype != a.dtype:
         return "adapter dtypes"
+    if quantized:
+        # bitsandbytes computes in the dtype it was told (or that of the first x), and returns x's.
+        base = layer._modules["base_layer"]
+        told = base.compute_dtype if base.compute_type_is_set else dtype
+        if dtype not in _BITS or told not in (None, dtype):
+            return f"bitsandbytes computes in {told} here, and x is {dtype}"
+        if autocast_dtype(x.device) not in (None, dtype):
+            return "autocast to another dtype than x's"
     if autocast_dtype(x.device) is not None:
         return None
-    if dtype != weight.dtype or (bias is not None and bias.dtype != dtype):
+    if (not quantized and dtype != weight.dtype) or (bias is not None and bias.dtype != dtype):
         return "mixed base dtypes"
     if a.dtype == dtype:
         return None

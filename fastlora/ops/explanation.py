@@ -19,14 +19,15 @@ def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
     return getattr(value, "weight", value)
 
 
-def _tensors(layer: Any) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
-    """Weight [N, K], the active adapter's A and B, and whether it drops, of a fastlora layer or a PEFT ``lora.Linear``."""
+def _tensors(layer: Any) -> tuple[Any, Tensor | None, Tensor | None, bool]:
+    """Weight [N, K] (4-bit ones have a form), the active adapter's A and B, and whether it drops, of a fastlora layer or a PEFT ``lora.Linear``."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    quantized = hasattr(weight, "form")
+    if not quantized and (not isinstance(weight, Tensor) or weight.ndim != 2):
         raise TypeError(
-            f"layer: got {type(layer).__name__}; accepted are fastlora.LoRALinear and peft's lora.Linear, "
-            "or any module with a 2-d weight"
+            f"layer: got {type(layer).__name__}; accepted are fastlora.LoRALinear, QLoRALinear and peft's "
+            "lora.Linear, or any module with a 2-d weight"
         )
     adapters = getattr(layer, "lora_A", {})
     active = [name for name in getattr(layer, "active_adapters", adapters) if name in adapters]
@@ -55,7 +56,7 @@ def explain(layer: Any, x: Tensor) -> str:
     """What a forward and backward of ``layer`` on ``x`` would run, op by op, with the reason for each choice.
 
     Args:
-        layer: a LoRALinear, a PEFT ``lora.Linear``, or any module with a 2-d weight.
+        layer: a LoRALinear, a QLoRALinear, a PEFT ``lora.Linear``, or any module with a 2-d weight.
         x: an input [..., K] of the layer; its values do not matter.
 
     Returns:
@@ -69,7 +70,8 @@ def explain(layer: Any, x: Tensor) -> str:
     rank = 0 if lora_a is None else lora_a.shape[0]
     rows = x.numel() // k if k else 0
     x = x.to(autocast_dtype(x.device) or x.dtype)
-    weight = weight.to(x.dtype)
+    quantized = hasattr(weight, "form")
+    weight = x.new_empty(n, k) if quantized else weight.to(x.dtype)
     wish = support.preference()
     preference = f", prefers {wish.name}{' (strict)' if wish.strict else ''}" if wish.name else ""
     lines = []
@@ -78,6 +80,8 @@ def explain(layer: Any, x: Tensor) -> str:
     lines += [
         f"{type(layer).__name__}: M={rows} K={k} N={n} r={rank} {x.dtype} on {x.device}{preference}"
     ]
+    if quantized:
+        lines.append(_line("dequantize", "W, for y and again for dX", x, 0))
     flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
     whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
     state = x.new_empty(2, dtype=torch.int64) if drops else None

@@ -53,7 +53,8 @@ def test_fields_and_defaults_are_pefts() -> None:
         ({"rank_pattern": {"q(": 4}}, ValueError),
         ({"rank_pattern": {"q": 0}}, ValueError),
         ({"alpha_pattern": {"q": float("inf")}}, ValueError),
-        ({"quantize": "nf4"}, NotImplementedError),
+        ({"quantize": "int3"}, ValueError),
+        ({"quantize": "nf4", "init_lora_weights": "pissa"}, ValueError),
         ({"base_model_name_or_path": 3}, TypeError),
     ],
 )

@@ -1,0 +1,196 @@
+"""``QLoRALinear``: a frozen 4-bit linear and its adapters as one product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import qlora_linear
+from ..quant import NF4Tensor
+from .base import LoRALayer
+from .linear import fused_dtype, refuse_dora
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class QLoRALinear(LoRALayer):
+    """``y = x W^T + bias + scaling * dropout(x) A^T B^T``, W [N, K] in 4 bits and frozen (QLoRA, arXiv 2305.14314).
+
+    ``weight`` is an ``NF4Tensor``: its state_dict keys are ``weight.codes``, ``weight.absmax``, ... and no cast changes
+    them. With one active adapter forward is ``fastlora.qlora_linear``; with none it is the base; with several it adds
+    their updates in plain torch. The compute dtype is x's, or autocast's.
+
+    Args:
+        in_features, out_features: K and N.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: the first adapter, named "default";
+            see ``LoRALayer.add_adapter``. ``r=None``: no adapter yet. PiSSA and OLoRA, which change W, are refused.
+        bias: whether the base has a bias [N]. It is frozen; ``layer.bias.requires_grad_()`` trains it.
+        use_dora: refused, not there yet.
+        block_size, double_quant: see ``NF4Tensor.quantize``.
+        device, dtype: of the base weight that is drawn and quantised.
+
+    Raises:
+        ValueError: an argument is out of range.
+        NotImplementedError: ``use_dora=True``.
+    """
+
+    weight: NF4Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int | None = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        refuse_dora(use_dora)
+        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._hold(_quantized(linear, block_size, double_quant, None), linear.bias)
+        if r is not None:
+            self.add_adapter(
+                "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+            )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int | None = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
+        adapter_name: str = "default",
+    ) -> Self:
+        """A layer with ``linear``'s weight in NF4 and a copy of its bias; ``linear`` is left as it is.
+
+        Args:
+            device: where the weight is quantised and the layer lives; None: where ``linear`` does.
+
+        Raises:
+            TypeError: ``linear`` is no nn.Linear.
+            ValueError: its weight is not floating point, or another argument is out of range.
+            NotImplementedError: ``use_dora=True``.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: got {type(linear).__name__}; accepted is a torch.nn.Linear")
+        bias = None
+        if linear.bias is not None:
+            bias = linear.bias.detach().clone()
+        return cls.from_quantized(
+            _quantized(linear, block_size, double_quant, device),
+            bias,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            use_dora,
+            adapter_dtype,
+            init_lora_weights,
+            adapter_name,
+        ).train(linear.training)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        weight: NF4Tensor,
+        bias: Tensor | None = None,
+        r: int | None = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
+        adapter_name: str = "default",
+    ) -> Self:
+        """A layer over a 4-bit weight and a bias [N], which are shared, not copied.
+
+        Raises:
+            TypeError: ``weight`` is no NF4Tensor.
+            ValueError, NotImplementedError: as the constructor.
+        """
+        if not isinstance(weight, NF4Tensor):
+            raise TypeError(
+                f"weight: got {type(weight).__name__}; accepted is a fastlora.NF4Tensor"
+            )
+        refuse_dora(use_dora)
+        n, k = weight.shape
+        if bias is not None and tuple(bias.shape) != (n,):
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}; accepted is [{n}]")
+        layer = cls.__new__(cls)
+        LoRALayer.__init__(layer, k, n)
+        layer._hold(weight, bias)
+        if r is not None:
+            layer.add_adapter(
+                adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+            )  # fmt: skip
+        return layer
+
+    def _hold(self, weight: NF4Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        if bias is not None:
+            bias = nn.Parameter(bias.detach().to(weight.device), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def _base_weight(self) -> None:
+        """None: what an initialisation takes out of W could not be put back into 4 bits."""
+
+    def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
+        return self.weight.device, self.weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]; see ``fastlora.qlora_linear`` for dtypes and errors."""
+        names = self._acting()
+        if len(names) == 1 and fused_dtype(x, self.lora_A[names[0]]):
+            name = names[0]
+            return qlora_linear(
+                x,
+                self.weight,
+                self.lora_A[name],
+                self.lora_B[name],
+                self.scaling[name],
+                self.bias,
+                self.lora_dropout[name],
+                self.training,
+            )
+        nothing = x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0)
+        y = qlora_linear(x, self.weight, *nothing, bias=self.bias)
+        return self._add_updates(y, x, names) if names else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+def _quantized(
+    linear: nn.Linear, block_size: int, double_quant: bool, device: torch.device | str | None
+) -> NF4Tensor:
+    weight = linear.weight
+    if weight.shape != (linear.out_features, linear.in_features):
+        raise ValueError(
+            f"linear: its weight is {tuple(weight.shape)}; accepted is [{linear.out_features}, {linear.in_features}]"
+        )
+    if weight.is_meta:
+        shape = linear.out_features, linear.in_features
+        return NF4Tensor.empty(shape, weight.dtype, block_size, double_quant, "meta")
+    return NF4Tensor.quantize(weight.detach().to(device or weight.device), block_size, double_quant)

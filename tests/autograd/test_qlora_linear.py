@@ -1,0 +1,211 @@
+"""qlora_linear: lora_linear over the dequantised weight, which exists only while a product takes it."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import NF4Tensor, reference
+from fastlora.testing.compare import assert_accurate
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = [(1, 64, 32, 4), (33, 128, 96, 16), (7, 72, 40, 5), (0, 64, 32, 4), (130, 256, 136, 64)]
+
+
+def problem(m=12, k=128, n=96, r=8, dtype=FP32, factors=None, device="cpu", double_quant=True):
+    factors = factors or dtype
+    q = NF4Tensor.quantize(torch.randn(n, k, device=device) * k**-0.5, double_quant=double_quant)
+    x, a, b, bias, dy = (
+        torch.randn(shape, device=device).to(kind)
+        for shape, kind in (
+            ((m, k), dtype),
+            ((r, k), factors),
+            ((n, r), factors),
+            ((n,), dtype),
+            ((m, n), dtype),
+        )
+    )
+    return x, q, a * k**-0.5, b * r**-0.5, bias, dy
+
+
+def gradients(run, leaves, dy):
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = run(*leaves)
+    return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+
+def dtypes(device):
+    return (FP32, BF16, FP16) if device.type == "cuda" else (FP32, BF16)
+
+
+@pytest.mark.parametrize("factors", ["same", FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_lora_linear_over_the_dequantised_weight(shape, factors, device):
+    """Against fp64, by the error of torch's own formula; and equal to lora_linear, whose weight is that."""
+    for dtype in dtypes(device):
+        kind = dtype if factors == "same" else factors
+        x, q, a, b, bias, dy = problem(*shape, dtype, kind, device)
+        w = q.dequantize(dtype)
+
+        def ours(x, a, b, bias, q=q):
+            return fastlora.qlora_linear(x, q, a, b, 0.5, bias)
+
+        def same(x, a, b, bias, w=w):
+            return fastlora.lora_linear(x, w, a, b, 0.5, bias)
+
+        def plain(x, a, b, bias, w=w):
+            return reference.lora_linear(x, w.to(x.dtype), a, b, 0.5, bias)
+
+        leaves = (x, a, b, bias)
+        got, alike = gradients(ours, leaves, dy), gradients(same, leaves, dy)
+        naive = gradients(plain, leaves, dy)
+        true = gradients(plain, [t.double() for t in leaves], dy.double())
+        for name, value, other, theirs, truth in zip(
+            ("y", "dX", "dA", "dB", "dbias"), got, alike, naive, true, strict=True
+        ):
+            assert torch.equal(value, other), (name, dtype)
+            if value.numel() and shape[0]:
+                assert_accurate(name, value, theirs, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_whole_of_it_on_one_backend(backend):
+    x, q, a, b, bias, dy = problem(2048, 1024, 512, 16, BF16, device="cuda")
+    w = q.dequantize()
+    fastlora.reset_launches()
+    with fastlora.backend(backend, strict=True):
+        got = gradients(
+            lambda x, a, b, bias: fastlora.qlora_linear(x, q, a, b, 0.5, bias),
+            (x, a, b, bias),
+            dy,
+        )
+    ran = fastlora.launches()
+    assert ran["dequantize", backend] == 2
+    assert {name for _, name in ran} == {backend}
+    leaves = [t.double() for t in (x, a, b, bias)]
+    true = gradients(
+        lambda x, a, b, bias: reference.lora_linear(x, w.double(), a, b, 0.5, bias),
+        leaves,
+        dy.double(),
+    )
+    for value, truth in zip(got, true, strict=True):
+        assert (value.double() - truth).norm() < 6e-3 * truth.norm()
+
+
+def test_the_float_weight_is_not_saved(device):
+    x, q, a, b, bias, dy = problem(device=device)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        leaves = [t.requires_grad_() for t in (x, a, b)]
+        y = fastlora.qlora_linear(x, q, a, b, 0.5, bias)
+    assert not any(t.is_floating_point() and t.numel() == q.shape.numel() for t in seen)
+    assert {t.data_ptr() for t in q.parameters()} <= {t.data_ptr() for t in seen}
+    torch.autograd.grad(y, leaves, dy)
+    seen.clear()
+    frozen = x.detach()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        fastlora.qlora_linear(frozen, q, a, b, 0.5, bias)  # no dX: no weight at all
+    assert not {t.data_ptr() for t in q.parameters()} & {t.data_ptr() for t in seen}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_dequantises_once_a_pass(reentrant, device):
+    x, q, a, b, bias, dy = problem(device=device)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+
+    def run(x):
+        return fastlora.qlora_linear(x, q, a, b, 0.5, bias, dropout_p=0.3)
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(run(x), leaves, dy)
+    torch.manual_seed(3)
+    fastlora.reset_launches()
+    y = checkpoint(run, x, use_reentrant=reentrant)
+    y.backward(dy)
+    assert sum(n for (op, _), n in fastlora.launches().items() if op == "dequantize") == 3
+    for leaf, want in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, want)
+
+
+def test_no_rank_and_three_dimensions(device):
+    x, q, _, _, bias, _ = problem(device=device)
+    nothing = x.new_empty(0, 128), x.new_empty(96, 0)
+    y = fastlora.qlora_linear(x.view(3, 4, 128), q, *nothing, bias=bias)
+    expected = torch.nn.functional.linear(x, q.dequantize(FP32), bias)
+    assert y.shape == (3, 4, 96)
+    torch.testing.assert_close(y.view(12, 96), expected)
+
+
+def test_autocast_decides_the_dtype(device):
+    x, q, a, b, bias, _ = problem(device=device)
+    with torch.autocast(device.type, BF16):
+        y = fastlora.qlora_linear(x, q, a, b, 0.5, bias)
+        same = fastlora.lora_linear(x, q.dequantize(BF16), a, b, 0.5, bias)
+    assert y.dtype == BF16 and torch.equal(y, same)
+
+
+def test_compiled_whole(device):
+    x, q, a, b, bias, dy = problem(device=device)
+    leaves = (x, a, b)
+
+    def run(x, a, b):
+        return fastlora.qlora_linear(x, q, a, b, 0.5, bias)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled, leaves, dy), gradients(run, leaves, dy), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_with_new_inputs():
+    x, q, a, b, bias, dy = problem(256, 512, 384, 16, BF16, device="cuda")
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+
+    def step():
+        y = fastlora.qlora_linear(x, q, a, b, 0.5, bias)
+        return (y, *torch.autograd.grad(y, leaves, dy))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(2):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for ours, truth in zip(got, step(), strict=True):
+            assert torch.equal(ours, truth)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(q=torch.zeros(96, 128)), TypeError, "qweight: got Tensor"),
+        (dict(x=[1.0]), TypeError, "x: got list"),
+        (dict(x=torch.zeros(12, 128, dtype=torch.float64)), ValueError, "x: got torch.float64"),
+        (dict(x=torch.zeros(12, 64)), ValueError, r"x: got shape \(12, 64\)"),
+        (dict(a=torch.zeros(8, 64)), ValueError, "lora_a: got shape"),
+        (dict(b=torch.zeros(96, 7)), ValueError, "lora_b: got shape"),
+        (dict(bias=torch.zeros(5)), ValueError, "bias: got shape"),
+        (dict(a=torch.zeros(8, 128, dtype=FP16)), ValueError, "lora_a: got torch.float16"),
+        (dict(scaling="much"), TypeError, "scaling: got str"),
+        (dict(dropout_p=1.5), ValueError, "dropout_p"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    x, q, a, b, bias, _ = problem()
+    given = {"x": x, "q": q, "a": a, "b": b, "scaling": 0.5, "bias": bias, "dropout_p": 0.0}
+    with pytest.raises(error, match=message):
+        fastlora.qlora_linear(*(given | change).values())
+
+
+def test_a_second_derivative_is_refused():
+    x, q, a, b, _, _ = problem()
+    x.requires_grad_()
+    y = fastlora.qlora_linear(x, q, a, b)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -1,0 +1,219 @@
+"""Models over 4-bit bases: LoraConfig(quantize="nf4"), and stock PEFT over bitsandbytes' Linear4bit."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import LoraConfig, NF4Tensor, QLoRALinear
+from tests.tiny_models import logits, plain_net, randomize_adapters, some_ids, tiny_llama
+
+BF16 = torch.bfloat16
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def own(model=None, device=None, **settings):
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], "quantize": "nf4", **settings})  # fmt: skip
+    made = fastlora.get_peft_model(model or tiny_llama(), config, device=device)
+    randomize_adapters(made)
+    return made
+
+
+def rows_of_blocks():
+    """Whole blocks in every row: bitsandbytes' CPU kernels read others wrongly."""
+    return tiny_llama(hidden_size=64, intermediate_size=128)
+
+
+def stock(
+    device="cpu", dtype=torch.float32, quant_type="nf4", compute=None, model=None, **settings
+):
+    """A PEFT model over Linear4bit, made as transformers makes one."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = (model or rows_of_blocks()).to(dtype)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            linear = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                quant_type=quant_type,
+                compute_dtype=compute or dtype,
+            )
+            linear.load_state_dict(module.state_dict())
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear.to(device))
+    model.is_loaded_in_4bit = True
+    model.to(device)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", **settings})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(model, config)
+    randomize_adapters(model)
+    return model.train()
+
+
+def loss_and_grads(model, ids):
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+# ---- fastlora's own -----------------------------------------------------------------------------------------------
+
+
+def test_every_linear_but_the_output_layer_is_quantised(device):
+    base = tiny_llama()
+    weights = {n: p.detach().clone() for n, p in base.named_parameters()}
+    model = own(base, device)
+    layers = {n: m for n, m in base.named_modules() if isinstance(m, QLoRALinear)}
+    assert {n.rpartition(".")[2] for n in layers} == set(LINEARS) and len(layers) == 14
+    for name, layer in layers.items():
+        adapted = name.endswith(("q_proj", "down_proj"))
+        assert list(layer.r) == (["default"] if adapted else [])
+        exact = NF4Tensor.quantize(weights[f"{name}.weight"].to(device)).dequantize()
+        assert torch.equal(layer.weight.dequantize(), exact)
+    assert type(base.lm_head) is nn.Linear
+    assert all(p.device.type == device.type for p in model.parameters())
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in n for n in trained)
+
+
+def test_it_learns_and_only_its_adapters_change(device):
+    model, ids = own(device=device, target_modules="all-linear").train(), some_ids(rows=4)
+    ids = ids.to(device)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss, _ = loss_and_grads(model, ids)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    for name, value in frozen.items():
+        assert torch.equal(model.get_parameter(name), value)
+
+
+def test_adapters_are_saved_and_loaded_as_pefts(tmp_path):
+    model, ids = own(), some_ids()
+    fastlora.save_adapter(model, tmp_path)
+    again = own()
+    fastlora.load_adapter(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(logits(again, ids), logits(model, ids))
+    stocked = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    values = dict(stocked.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(values[f"{name}.weight"], parameter), name
+
+
+def test_modules_trained_whole_and_plain_models_stay_floats():
+    model = own(plain_net(), target_modules=["up"], modules_to_save=["head"])
+    base = model.get_base_model()
+    assert isinstance(base.layers[0]["up"], QLoRALinear)
+    assert isinstance(base.layers[0]["down"], QLoRALinear) and not base.layers[0]["down"].r
+    assert base.head.modules_to_save["default"].weight.is_floating_point()
+
+
+def test_tied_and_shared_weights_stay_floats():
+    net = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64), "c": nn.Linear(64, 64)})
+    net["b"].weight = net["a"].weight
+    model = own(nn.Sequential(net), target_modules=["c"])
+    inner = model.get_base_model()[0]
+    assert type(inner["a"]) is nn.Linear and type(inner["b"]) is nn.Linear
+    assert isinstance(inner["c"], QLoRALinear)
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    base = tiny_llama()
+    before = list(base.named_modules())
+    with pytest.raises(ValueError, match="embed_tokens"):
+        own(base, target_modules=["q_proj", "embed_tokens"])
+    assert list(base.named_modules()) == before
+
+
+# ---- stock PEFT over bitsandbytes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_accelerate_takes_linear4bit_as_it_is(dtype, quant_type, device):
+    model, ids = stock(device, dtype, quant_type), some_ids(rows=4).to(device)
+    keys = list(dict(model.named_parameters()))
+    want, want_grads = loss_and_grads(model, ids)
+    fastlora.accelerate(model)
+    assert all(layer.accelerated for layer in fastlora.acceleration_report(model))
+    fastlora.reset_launches()
+    got, got_grads = loss_and_grads(model, ids)
+    ran = {op: 0 for op, _ in fastlora.launches()}
+    for (op, _), count in fastlora.launches().items():
+        ran[op] += count
+    assert ran["dequantize"] >= 14 + 11  # the first layer's three need no dX
+    assert list(dict(model.named_parameters())) == keys
+    assert got_grads.keys() == want_grads.keys()
+    tolerance = 1e-4 if dtype == torch.float32 else 6e-2
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=0)
+    for name, value in want_grads.items():
+        assert (got_grads[name] - value).norm() <= tolerance * value.norm() + 1e-6, name
+    fastlora.restore(model)
+    assert {type(m).__name__ for m in model.modules() if hasattr(m, "lora_A")} == {"Linear4bit"}
+    again, _ = loss_and_grads(model, ids)
+    assert torch.equal(again, want)
+
+
+def test_the_weight_is_read_where_bitsandbytes_keeps_it(device):
+    model = fastlora.accelerate(stock(device))
+    ids = some_ids().to(device)
+    with torch.no_grad():
+        before = model(ids).logits
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit" and hasattr(module, "compute_dtype"):
+                module.weight.data.fill_(0x77)  # all zeros
+        after = model(ids).logits
+        moved = copy.deepcopy(model)
+        assert torch.equal(moved(ids).logits, after)
+    assert not torch.equal(before, after)
+
+
+def test_another_compute_dtype_runs_bitsandbytes_own_way(device):
+    model, ids = stock(device, torch.float32, compute=BF16), some_ids().to(device)
+    want, _ = loss_and_grads(model, ids)
+    fastlora.accelerate(model)
+    fastlora.reset_launches()
+    got, _ = loss_and_grads(model, ids)
+    assert torch.equal(got, want) and not fastlora.launches()
+
+
+@pytest.mark.gpu
+def test_a_small_run_follows_peft_over_bitsandbytes():
+    """One seed, one batch a step: the losses of 60 steps stay within the noise of two runs in bf16."""
+    ids = [some_ids(seed, rows=8, length=32).cuda() for seed in range(8)]
+
+    def curve(model):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+        losses = []
+        for step in range(60):
+            loss, _ = loss_and_grads(model, ids[step % len(ids)])
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    def base():
+        return tiny_llama(hidden_size=256, intermediate_size=512, num_attention_heads=8)
+
+    theirs = curve(stock("cuda", BF16, model=base()))
+    fast = curve(fastlora.accelerate(stock("cuda", BF16, model=base())))
+    ours = own(base().to(BF16), "cuda", target_modules="all-linear", lora_alpha=8)
+    randomize_adapters(ours)
+    ours = curve(ours.train())
+    assert theirs[-8:].mean() < 0.7 * theirs[:8].mean()
+    for name, losses in (("accelerated", fast), ("own", ours)):
+        assert (losses - theirs).abs().max() < 0.05 * theirs[0], name
+        assert (losses - theirs).mean().abs() < 0.01 * theirs[0], name
