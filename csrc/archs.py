@@ -29,7 +29,11 @@ KNOWN = {
 DEFAULT = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX")
 
 # Kind of kernel file (its name without .cu) -> the capabilities that it can be compiled for.
-KINDS = {"simt": frozenset(KNOWN), "sm90": frozenset({"9.0a"})}
+KINDS = {
+    "simt": frozenset(KNOWN),
+    "sm80": frozenset(KNOWN) - {"7.5"},
+    "sm90": frozenset({"9.0a"}),
+}
 
 _ENTRY = re.compile(
     r"(?P<dotted>\d+\.\d[af]?)(?P<ptx>\+PTX)?|(?P<plain>\d{2,3}[af]?)(?P<mode>-real|-virtual)?"

@@ -158,6 +158,7 @@ def _load() -> Status:
     torch.library.register_fake("fastlora::_lora_forward_sm90", _fake_lora_forward)
     torch.library.register_fake("fastlora::_lora_few_sm90", _fake_lora_few)
     torch.library.register_fake("fastlora::_lora_backward_sm90", _fake_lora_backward)
+    torch.library.register_fake("fastlora::_nf4_linear_few", _fake_nf4_linear_few)
     return Status(True, path, "")
 
 
@@ -235,6 +236,12 @@ def _fake_lora_backward(dy, w, a, b, x, h, *rest):  # type: ignore[no-untyped-de
         nothing if h is None else b.new_empty(b.shape),
         dy.new_empty(w.shape[0], dtype=bias_dtype) if bias else nothing,
     )
+
+
+def _fake_nf4_linear_few(x, codes, absmax, nested_absmax, nested_code, offset, n, *rest):  # type: ignore[no-untyped-def]
+    a = rest[3]  # block_size, nested_block_size, fp4 first
+    h = x.new_empty(0) if a is None else x.new_empty(x.shape[0], a.shape[0])
+    return x.new_empty(x.shape[0], n), h
 
 
 def _fake_dropout_mask(rng_state: torch.Tensor, rows: int, cols: int, keep: int) -> torch.Tensor:

@@ -1,4 +1,5 @@
-// fastlora::_nf4_quantize, _nf4_quantize_scales and _nf4_dequantize: checks, allocation, launch.
+// fastlora::_nf4_quantize, _nf4_quantize_scales, _nf4_dequantize and _nf4_linear_few: checks,
+// allocation, launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -7,6 +8,7 @@
 
 #include "bindings/tensors.h"
 #include "host/stream.h"
+#include "nf4/few.h"
 #include "nf4/nf4.h"
 
 namespace fastlora {
@@ -107,6 +109,31 @@ std::tuple<Tensor, Tensor> quantize_scales(const Tensor& values, const Tensor& c
   return {codes, absmax};
 }
 
+// The scales of a weight of `blocks` blocks.
+Nf4Scales scales_of(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                    const OptionalTensor& nested_code, const OptionalTensor& offset, int64_t blocks,
+                    int64_t nested_block_size) {
+  Nf4Scales scales{};
+  if (!nested_absmax.has_value()) {
+    check_flat("absmax", absmax, ScalarType::Float, blocks, codes);
+    scales.absmax = absmax.const_data_ptr<float>();
+    return scales;
+  }
+  check(nested_code.has_value() && offset.has_value(),
+        "_nf4: nested_absmax, nested_code and offset come together");
+  scales.nested_shift = shift_of("nested_block_size", nested_block_size, 1);
+  check_flat("absmax", absmax, ScalarType::Byte, blocks, codes);
+  check_flat("nested_absmax", *nested_absmax, ScalarType::Float,
+             ceil_div(blocks, nested_block_size), codes);
+  check_flat("nested_code", *nested_code, ScalarType::Float, 256, codes);
+  check_flat("offset", *offset, ScalarType::Float, 1, codes);
+  scales.codes = absmax.const_data_ptr<uint8_t>();
+  scales.nested_absmax = nested_absmax->const_data_ptr<float>();
+  scales.nested_code = nested_code->const_data_ptr<float>();
+  scales.offset = offset->const_data_ptr<float>();
+  return scales;
+}
+
 // Elements begin .. begin + out.numel() of the weight, into `out`, which comes back.
 Tensor dequantize(const Tensor& codes, const Tensor& absmax, OptionalTensor nested_absmax,
                   OptionalTensor nested_code, OptionalTensor offset, int64_t block_size,
@@ -123,29 +150,94 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, OptionalTensor nest
   check_flat("codes", codes, ScalarType::Byte, ceil_div(end, 2), codes);
   p.codes = codes.const_data_ptr<uint8_t>();
   p.out = out.mutable_data_ptr();
-  if (nested_absmax.has_value()) {
-    check(nested_code.has_value() && offset.has_value(),
-          "_nf4_dequantize: nested_absmax, nested_code and offset come together");
-    p.scales.nested_shift = shift_of("nested_block_size", nested_block_size, 1);
-    check_flat("absmax", absmax, ScalarType::Byte, blocks, codes);
-    check_flat("nested_absmax", *nested_absmax, ScalarType::Float,
-               ceil_div(blocks, nested_block_size), codes);
-    check_flat("nested_code", *nested_code, ScalarType::Float, 256, codes);
-    check_flat("offset", *offset, ScalarType::Float, 1, codes);
-    p.scales.codes = absmax.const_data_ptr<uint8_t>();
-    p.scales.nested_absmax = nested_absmax->const_data_ptr<float>();
-    p.scales.nested_code = nested_code->const_data_ptr<float>();
-    p.scales.offset = offset->const_data_ptr<float>();
-  } else {
-    check_flat("absmax", absmax, ScalarType::Float, blocks, codes);
-    p.scales.absmax = absmax.const_data_ptr<float>();
-  }
+  p.scales =
+      scales_of(codes, absmax, nested_absmax, nested_code, offset, blocks, nested_block_size);
   run(
       codes, begin / block_size, p.count == 0 ? begin / block_size : blocks, block_size,
       [&](int64_t a, int64_t b) { nf4_dequantize_cpu(p, a, b); },
       [&](auto* stream) { nf4_dequantize_cuda(p, stream); });
   return out;
 }
+
+#ifdef FASTLORA_WITH_SM80
+constexpr auto kFew = "_nf4_linear_few";
+
+bool aligned(const void* data, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// A factor [rows, cols] of x's dtype or float32, contiguous.
+const void* factor(const char* name, const Tensor& t, int64_t rows, int64_t cols, const Tensor& x) {
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.is_contiguous() &&
+            (t.scalar_type() == x.scalar_type() || t.scalar_type() == ScalarType::Float) &&
+            t.get_device_index() == x.get_device_index(),
+        kFew, ": ", name, " must be a contiguous [", rows, ", ", cols,
+        "] of x's dtype or float32, on x's device");
+  return t.const_data_ptr();
+}
+
+// y [m, n] and h [m, rank] (shape [0] without factors) of x [m, k] and a weight [n, k].
+std::tuple<Tensor, Tensor> linear_few(const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                                      OptionalTensor nested_absmax, OptionalTensor nested_code,
+                                      OptionalTensor offset, int64_t n, int64_t block_size,
+                                      int64_t nested_block_size, bool fp4, OptionalTensor a,
+                                      OptionalTensor b, OptionalTensor bias, OptionalTensor scaling,
+                                      double scale) {
+  check(x.dim() == 2 &&
+            (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half),
+        kFew, ": x must be a matrix of bfloat16 or float16");
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Nf4Few p{};
+  p.m = x.size(0);
+  p.k = x.size(1);
+  p.n = n;
+  p.half = x.scalar_type() == ScalarType::Half;
+  const int64_t most = std::min<int64_t>(kMostFewRows, nf4_few_rows(device));
+  check(p.m >= 1 && p.m <= most && n >= 1 && p.k >= 64 && p.k % 64 == 0, kFew, ": takes 1 to ",
+        most, " rows and multiples of 64 columns, got ", p.m, " and ", p.k);
+  p.x_pitch = pitch_of(kFew, "x", x, p.m, p.k, x);
+  p.x = x.const_data_ptr();
+  p.block_shift = shift_of("block_size", block_size, 64);
+  check(p.k % block_size == 0, kFew, ": rows must be whole blocks");
+  check_flat("codes", codes, ScalarType::Byte, n * p.k / 2, x);
+  p.codes = codes.const_data_ptr<uint8_t>();
+  p.fp4 = fp4;
+  p.scales = scales_of(codes, absmax, nested_absmax, nested_code, offset, n * p.k / block_size,
+                       nested_block_size);
+  check(a.has_value() == b.has_value(), kFew, ": lora_A and lora_B come together");
+  if (a.has_value()) {
+    check(a->dim() == 2, kFew, ": lora_A must be a matrix");
+    p.rank = a->size(0);
+    check(p.rank >= 1 && p.rank <= kMostFewRanks, kFew, ": takes ranks up to ", kMostFewRanks,
+          ", got ", p.rank);
+    p.a = factor("lora_A", *a, p.rank, p.k, x);
+    p.b = factor("lora_B", *b, n, p.rank, x);
+    p.a_float = a->scalar_type() == ScalarType::Float;
+    p.b_float = b->scalar_type() == ScalarType::Float;
+  }
+  check(aligned(p.x, 16) && p.x_pitch % 8 == 0 && aligned(p.codes, 8) && aligned(p.a, 16), kFew,
+        ": x and lora_A must start at multiples of 16 bytes, codes at one of 8");
+  if (bias.has_value()) {
+    check_flat("bias", *bias, x.scalar_type(), n, x);
+    p.bias = bias->const_data_ptr();
+  }
+  p.scale = static_cast<float>(scale);
+  if (scaling.has_value()) {
+    check_flat("scaling", *scaling, ScalarType::Float, 1, x);
+    p.scaling = scaling->const_data_ptr<float>();
+  }
+  const Tensor y = new_empty({p.m, n}, x.scalar_type(), x);
+  const Tensor h = p.rank > 0 ? new_empty({p.m, p.rank}, x.scalar_type(), x)
+                              : new_empty({0}, x.scalar_type(), x);
+  p.y = y.mutable_data_ptr();
+  p.h = h.mutable_data_ptr();
+  nf4_few_cuda(p, current_stream(device));
+  return {y, h};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) { m.impl("_nf4_linear_few", TORCH_BOX(&linear_few)); }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("_nf4_quantize", TORCH_BOX(&quantize));

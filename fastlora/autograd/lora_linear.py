@@ -52,27 +52,21 @@ class LoraLinearFunction(torch.autograd.Function):
         rows = _rows(x, dtype)
 
         h = None
-        if low_rank:
-            y, h = ops.lora_forward(
-                rows,
-                _floats(weight, scales, form, dtype),
-                lora_a,
-                lora_b,
-                bias,
-                scaling_tensor,
-                scale,
-                rng_state,
-                keep,
-            )
+        factors: Any = (lora_a, lora_b) if low_rank else (None, None)
+        rest: Any = (bias, scaling_tensor, scale, rng_state, keep)
+        if form is not None:
+            y, h = ops.nf4_linear(rows, weight, scales, form, *factors, *rest)
+        elif low_rank:
+            y, h = ops.lora_forward(rows, _as(weight, dtype), lora_a, lora_b, *rest)
         else:
-            y = ops.gemm(rows, _floats(weight, scales, form, dtype), None, None, bias)
+            y = ops.gemm(rows, _as(weight, dtype), None, None, bias)
 
         ctx.save_for_backward(
             x if need_a and low_rank else None,
             weight if need_x else None,
             lora_a if low_rank and need_x else None,
             lora_b if low_rank and (need_x or need_a) else None,
-            h if need_b else None,
+            h if need_b and low_rank else None,
             rng_state if low_rank else None,
             scaling_tensor,
             *(scales if need_x else ()),

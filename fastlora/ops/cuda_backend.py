@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,63 @@ def library_dequantize(
     sizes = form.block_size, form.nested_block_size or 1
     torch.ops.fastlora._nf4_dequantize(codes, absmax, *nested, *sizes, form.fp4, 0, out)
     return out
+
+
+def nf4_few_miss(
+    x: Tensor,
+    codes: Tensor,
+    form: Form,
+    a: Tensor | None,
+    b: Tensor | None,
+    rng_state: Tensor | None,
+) -> str | None:
+    """Why csrc/nf4/sm80.cu cannot make y and h of few rows in one launch, or None."""
+    m, k = x.shape
+    if rng_state is not None:
+        return "has no dropout"
+    if not 1 <= m <= 64 or (m > 32 and _shared_memory(x.device) < 140 * 1024):
+        return f"is for up to 64 rows, 32 where a GPU has little shared memory; got {m}"
+    if k == 0 or form.rows == 0 or form.block_size < 64 or k % form.block_size:
+        return "needs whole blocks of 64 elements or more in a row"
+    if (x.stride(1), x.stride(0) % 8, x.data_ptr() % 16, codes.data_ptr() % 8) != (1, 0, 0, 0):
+        return "needs rows of x at multiples of 16 bytes"
+    if a is None or b is None:
+        return None
+    if {a.dtype, b.dtype} - {x.dtype, torch.float32} or not 1 <= a.shape[0] <= 16:
+        return f"takes up to 16 ranks, in x's dtype or float32; got {a.shape[0]} in {a.dtype}"
+    if not (a.is_contiguous() and b.is_contiguous()) or a.data_ptr() % 16:
+        return "needs contiguous factors"
+    return None
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes a CTA may ask for; 0 where torch does not tell."""
+    return int(
+        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    )
+
+
+def nf4_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    form: Form,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(y, h) of few rows over a 4-bit weight in one launch; h has shape [0] without factors."""
+    count("nf4_linear", "cuda")
+    absmax, nested = scales[0], scales[1:] or (None, None, None)
+    sizes = form.rows, form.block_size, form.nested_block_size or 1, form.fp4
+    run = torch.ops.fastlora._nf4_linear_few
+    y, h = run(
+        x, codes, absmax, *nested, *sizes, a, b, _bias_like(bias, x), _float32(scaling), scale
+    )
+    return y, h
 
 
 def _rows_miss(name: str, t: Tensor, along: int) -> str | None:

@@ -33,7 +33,7 @@ def _fuses(like: Tensor, rank: int, fit: Callable[[], support.Fit]) -> bool:
     return support.takes_whole("lora", like.device, like.dtype, rank, fit)
 
 
-def _is_eager(x: Tensor) -> bool:
+def is_eager(x: Tensor) -> bool:
     """Whether the choice can be made before the op is called, which saves a way through Python: x has data."""
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
@@ -159,7 +159,7 @@ def lora_forward(
     keep: int,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], h [M, r]) of x [M, K], w [N, K], a [r, K], b [N, r] (these in x's dtype or fp32), bias [N]."""
-    if _is_eager(x):
+    if is_eager(x):
         return _forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
     y, h = _forward_op(x, w, a, b, bias, scaling, scale, rng_state, keep)
     return y, h
@@ -185,7 +185,7 @@ def lora_backward(
 
     dX takes a and b, dA takes b; without them there is no low-rank part.
     """
-    if _is_eager(dy):
+    if is_eager(dy):
         return _backward(
             dy, w, a, b, x, h, scaling, scale, rng_state, keep, in_features, dtype_a, dtype_b, dtype_bias
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""``torch.ops.fastlora._quantize/_dequantize``: 4-bit weights to and from floats, by the backend that can.
+"""``torch.ops.fastlora._quantize/_dequantize/_nf4_linear``: 4-bit weights to and from floats, and a linear over one.
 
 A weight [N, K] is held as ``codes`` (uint8, two elements a byte), ``scales`` and a ``Form``. ``scales`` is (absmax,), or with
 quantised scales (codes of absmax in uint8, nested_absmax, nested_code [256], offset [1]). Scales of fp32 may come as the
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
-from . import support
+from . import cuda_backend, raw, support
+from .linear import is_eager, lora_forward
 from .raw import backend_module
 from .support import Form
 
@@ -22,6 +23,11 @@ _ops.define("_quantize(Tensor weight, int block_size) -> (Tensor, Tensor)")
 _ops.define(
     "_dequantize(Tensor codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
     "int nested_block_size, bool fp4, ScalarType dtype) -> Tensor"
+)
+_ops.define(
+    "_nf4_linear(Tensor x, Tensor codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
+    "int nested_block_size, bool fp4, Tensor? a, Tensor? b, Tensor? bias, Tensor? scaling, float scale, "
+    "Tensor? rng_state, int keep) -> (Tensor, Tensor)"
 )
 
 
@@ -41,11 +47,46 @@ def _dequantize(
     fp4: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    floats = [t.view(torch.float32) if t.dtype == torch.int32 else t for t in scales]
+    floats = _floats(scales)
     name = support.choose("dequantize", codes.device, dtype, 0)
     form = Form(rows, cols, block_size, nested_block_size, fp4)
     out: Tensor = backend_module(name).dequantize(codes, floats, form, dtype)
     return out
+
+
+def _floats(scales: Sequence[Tensor]) -> list[Tensor]:
+    return [t.view(torch.float32) if t.dtype == torch.int32 else t for t in scales]
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    rows: int,
+    cols: int,
+    block_size: int,
+    nested_block_size: int,
+    fp4: bool,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    form = Form(rows, cols, block_size, nested_block_size, fp4)
+    if support.preference().name in (None, "cuda"):
+        rank = 0 if a is None else a.shape[0]
+        reason = support.miss("nf4_linear", "cuda", x.device, x.dtype, rank)
+        if reason is None and not cuda_backend.nf4_few_miss(x, codes, form, a, b, rng_state):
+            return cuda_backend.nf4_linear(
+                x, codes, _floats(scales), form, a, b, bias, scaling, scale
+            )
+    w = dequantize(codes, scales, form, x.dtype)
+    if a is None or b is None:
+        return raw.gemm(x, w, None, None, bias), x.new_empty(0)
+    return lora_forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
 
 
 def _fake_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -58,8 +99,14 @@ def _fake_dequantize(codes, scales, rows, cols, block_size, nested_block_size, f
     return codes.new_empty(rows, cols, dtype=dtype)
 
 
+def _fake_linear(x, codes, scales, rows, cols, block_size, nested_block_size, fp4, a, *rest):  # type: ignore[no-untyped-def]
+    h = x.new_empty(0) if a is None else x.new_empty(x.shape[0], a.shape[0])
+    return x.new_empty(x.shape[0], rows), h
+
+
 for _name, _kernel, _fake in (
     ("_quantize", _quantize, _fake_quantize),
+    ("_nf4_linear", _linear, _fake_linear),
     ("_dequantize", _dequantize, _fake_dequantize),
 ):
     _ops.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -74,6 +121,30 @@ def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, scales: Sequence[Tensor], form: Form, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in ``dtype``: value[code] * absmax in fp32, rounded once."""
     return torch.ops.fastlora._dequantize.default(codes, scales, *form, dtype)
+
+
+def nf4_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    form: Form,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    """``lora_forward`` over a 4-bit weight: (y [M, N], h [M, r]); without factors h has shape [0].
+
+    Few rows take the codes as they are, in one launch; others a weight in floats, made for them.
+    """
+    if is_eager(x):
+        return _linear(x, codes, scales, *form, a, b, bias, scaling, scale, rng_state, keep)
+    run = torch.ops.fastlora._nf4_linear.default
+    y, h = run(x, codes, scales, *form, a, b, bias, scaling, scale, rng_state, keep)
+    return y, h
 
 
 def quantize_scales(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -26,16 +26,16 @@ MAX_RANK = 512
 
 @dataclass(frozen=True)
 class Row:
-    """One op on one backend and the problems it takes. ``lora`` is all ops of a linear in one launch."""
+    """One op on one backend and the problems it takes. ``lora`` is all ops of a linear in one launch, ``nf4_linear`` its
+    forward over a 4-bit weight."""
 
     op: str
     backend: str
     dtypes: frozenset[torch.dtype]
     min_capability: tuple[int, int] | None = None  # None: any device torch has
-    kernel: str | None = (
-        None  # the library's op, where it holds code for that one capability (sm_90a)
-    )
+    kernel: str | None = None  # the library's op, which not every build has code for
     max_rank: int | None = None
+    exactly: bool = False  # for that one capability (sm_90a)
 
 
 _HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
@@ -46,7 +46,13 @@ ROWS = (
         for op in ("mask", "quantize", "dequantize")
     ),
     Row(
-        "gemm", "cuda", _HALF_DTYPES, min_capability=(9, 0), kernel="_gemm_sm90", max_rank=MAX_RANK
+        "gemm",
+        "cuda",
+        _HALF_DTYPES,
+        min_capability=(9, 0),
+        kernel="_gemm_sm90",
+        max_rank=MAX_RANK,
+        exactly=True,
     ),
     Row(
         "lora",
@@ -55,6 +61,15 @@ ROWS = (
         min_capability=(9, 0),
         kernel="_lora_forward_sm90",
         max_rank=MAX_RANK,
+        exactly=True,
+    ),
+    Row(
+        "nf4_linear",
+        "cuda",
+        _HALF_DTYPES,
+        min_capability=(8, 0),
+        kernel="_nf4_linear_few",
+        max_rank=16,
     ),
     *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
@@ -109,7 +124,7 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
     capability = torch.cuda.get_device_capability(device)
     if row.kernel is not None and not _library.has_kernel(row.kernel):
         return f"the op library was built without {row.kernel[1:]}"
-    if capability < row.min_capability or (row.kernel and capability != row.min_capability):
+    if capability < row.min_capability or (row.exactly and capability != row.min_capability):
         need = ".".join(map(str, row.min_capability))
         have = ".".join(map(str, capability))
         return f"needs compute capability {need}, {device} has {have}"

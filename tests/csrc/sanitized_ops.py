@@ -36,10 +36,33 @@ def run(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
         ops._lora_backward_sm90(dy, w, a, b, x, h, None, 0.5, drop, KEEP, True, True, None)
 
 
+def run_nf4(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """The ops over a 4-bit weight, whole and in a part, aligned and not."""
+    ops = torch.ops.fastlora
+    weight = torch.randn(n, k, device="cuda").to(dtype)
+    codes, absmax = ops._nf4_quantize(weight, 64)
+    code = torch.linspace(-1, 1, 256, device="cuda")
+    scales, nested = ops._nf4_quantize_scales(absmax, code, 256)
+    offset = torch.zeros(1, device="cuda")
+    for begin, count in ((0, n * k), (6, n * k - 7)):
+        out = torch.empty(count, dtype=dtype, device="cuda")
+        ops._nf4_dequantize(codes, absmax, None, None, None, 64, 1, False, begin, out)
+        ops._nf4_dequantize(codes, scales, nested, code, offset, 64, 256, True, begin, out)
+    if k % 64 == 0 and dtype == BF16:
+        x, bias = torch.randn(m, k, device="cuda").to(BF16), torch.randn(n, device="cuda").to(BF16)
+        for r, factors in ((16, BF16), (5, FP32)):
+            a, b = (torch.randn(s, device="cuda").to(factors) for s in ((r, k), (n, r)))
+            ops._nf4_linear_few(x, codes, absmax, None, None, None, n, 64, 1, False, a, b, bias, None, 0.5)  # fmt: skip
+        ops._nf4_linear_few(x, codes, scales, nested, code, offset, n, 64, 256, True, None, None, None, None, 1.0)  # fmt: skip
+
+
 if __name__ == "__main__":
     assert _library.load(torch.device("cuda", 0))
     for shape in SHAPES:
         for dtype in (BF16, FP32):
             run(*shape, dtype)
+    for shape in ((1, 32, 64), (13, 100, 192), (40, 33, 1088), (64, 5, 71)):
+        for dtype in (BF16, FP32):
+            run_nf4(*shape, dtype)
     torch.cuda.synchronize()
     print("ran all")
