@@ -193,14 +193,17 @@ std::tuple<Tensor, Tensor> linear_few(const Tensor& x, const Tensor& codes, cons
   p.k = x.size(1);
   p.n = n;
   p.half = x.scalar_type() == ScalarType::Half;
-  const int64_t most = std::min<int64_t>(kMostFewRows, nf4_few_rows(device));
-  check(p.m >= 1 && p.m <= most && n >= 1 && p.k >= 64 && p.k % 64 == 0, kFew, ": takes 1 to ",
-        most, " rows and multiples of 64 columns, got ", p.m, " and ", p.k);
+  check(p.m >= 1 && p.m <= kMostFewRows && n >= 1 && p.k >= 64 && p.k % 64 == 0 &&
+            n * p.k / 64 < (int64_t{1} << 31),
+        kFew, ": takes 1 to ", kMostFewRows, " rows and multiples of 64 columns, got ", p.m,
+        " and ", p.k);
   p.x_pitch = pitch_of(kFew, "x", x, p.m, p.k, x);
   p.x = x.const_data_ptr();
   p.block_shift = shift_of("block_size", block_size, 64);
   check(p.k % block_size == 0, kFew, ": rows must be whole blocks");
   check_flat("codes", codes, ScalarType::Byte, n * p.k / 2, x);
+  check(codes.numel() == n * p.k / 2, kFew, ": codes are of another weight than [", n, ", ", p.k,
+        "]");
   p.codes = codes.const_data_ptr<uint8_t>();
   p.fp4 = fp4;
   p.scales = scales_of(codes, absmax, nested_absmax, nested_code, offset, n * p.k / block_size,

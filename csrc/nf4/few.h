@@ -30,9 +30,6 @@ struct Nf4Few {
 constexpr int kMostFewRows = 64;
 constexpr int kMostFewRanks = 16;
 
-// How many rows of x the GPU has shared memory for.
-int nf4_few_rows(int device);
-
 void nf4_few_cuda(const Nf4Few& params, CUstream_st* stream);
 
 }  // namespace fastlora

@@ -1,7 +1,8 @@
 // y = x W^T + bias + h B^T, h = s x A^T, of up to 64 rows: W [n, k] in 4 bits, read once, as it
 // lies.
 //
-//   CTA      32 features (rows of W) and all of K, of which every warp takes a share; then the
+//   CTA      32 features (rows of W), up to 32 rows and all of K, of which every warp takes a
+//   share; then the
 //            warps' sums are added up in order, h first, which every CTA makes for itself
 //   product  mma.sync m16n8k16: 16 features, or the ranks, by 8 rows of x. The tensor cores do not
 //            mind the order of K: of the 64 elements of a block a lane takes 16 that are
@@ -105,50 +106,60 @@ struct Codes {
   float scales[4];
 };
 
-// What a warp reads: the lane's features g, g + 8, g + 16, g + 24 of the CTA's.
+// What a warp reads of W: the lane's features are g, g + 8, g + 16 and g + 24 of the CTA's.
 struct Weight {
-  const Nf4Few& p;
+  const Nf4Scales& scales;
   const float* nested_code;  // in shared memory
   float offset;
-  int64_t row[4];
+  const uint8_t* codes[4];  // from the lane's own bytes on
+  int block[4];             // the row's first
+  int shift;                // of blocks of 64 to the weight's
   int lane;
 
-  __device__ __forceinline__ void load(Codes& codes, int block, int end) const {
+  __device__ __forceinline__ void load(Codes& loaded, int j, int end) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint8_t* const from = p.codes + row[i] * (p.k / 2) + lane % 4 * 8;
 #pragma unroll
       for (int b = 0; b < kAhead; ++b) {
-        const int at = min(block + b, end - 1) * (kBlockK / 2);
-        codes.words[b][i] = __ldcs(reinterpret_cast<const uint2*>(from + at));
+        const int at = min(j + b, end - 1) * (kBlockK / 2);
+        loaded.words[b][i] = __ldcs(reinterpret_cast<const uint2*>(codes[i] + at));
       }
-      const int64_t first = row[i] * p.k + int64_t{min(block + lane % kAhead, end - 1)} * kBlockK;
-      codes.scales[i] = scale(first >> p.block_shift);
+      loaded.scales[i] = scale(block[i] + (min(j + lane % kAhead, end - 1) >> shift));
     }
   }
-  __device__ __forceinline__ float scale(int64_t block) const {
-    if (p.scales.absmax != nullptr) return __ldg(p.scales.absmax + block);
-    return __fadd_rn(__fmul_rn(nested_code[__ldg(p.scales.codes + block)],
-                               __ldg(p.scales.nested_absmax + (block >> p.scales.nested_shift))),
+  __device__ __forceinline__ float scale(int at) const {
+    if (scales.absmax != nullptr) return __ldg(scales.absmax + at);
+    return __fadd_rn(__fmul_rn(nested_code[__ldg(scales.codes + at)],
+                               __ldg(scales.nested_absmax + (at >> scales.nested_shift))),
                      offset);
   }
 };
+
+// The table: entry `byte`, 32 times. Lanes begin at different banks.
+template <class T>
+__device__ __forceinline__ void fill_table(char* table, const CodeBook& book, float* scratch) {
+  if (threadIdx.x < 16) scratch[threadIdx.x] = book.value[threadIdx.x];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 256 * 8; i += static_cast<int>(blockDim.x)) {
+    const int byte = i % 256, chunk = (i / 256 + i) % 8;
+    const uint32_t pair = pack2<T>(scratch[byte / 16], scratch[byte % 16]);
+    *reinterpret_cast<uint4*>(table + byte * 128 + chunk * 16) = make_uint4(pair, pair, pair, pair);
+  }
+}
 
 template <class T, class A, int kWarps, int kRows>
 __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 1)
     few_kernel(Nf4Few p, CodeBook book) {
   constexpr int kTiles = kRows / 8;
   extern __shared__ __align__(16) char shared[];
-  auto* const table = reinterpret_cast<uint32_t*>(shared);
   auto* const sums = reinterpret_cast<float*>(shared);  // where the table was
   auto* const nested_code = reinterpret_cast<float*>(shared + Shared<kWarps, kRows>::kNested);
   auto* const h = reinterpret_cast<float*>(shared + Shared<kWarps, kRows>::kH);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int64_t feature = int64_t{blockIdx.x} * kFeatures;
+  const int first_row = static_cast<int>(blockIdx.y) * kRows;
 
-  for (int i = threadIdx.x; i < 256 * 32; i += kWarps * 32) {
-    table[i] = pack2<T>(book.value[i / 512], book.value[i / 32 % 16]);
-  }
+  fill_table<T>(shared, book, h);
   float offset = 0;
   if (p.scales.absmax == nullptr) {
     for (int i = threadIdx.x; i < 256; i += kWarps * 32) nested_code[i] = p.scales.nested_code[i];
@@ -156,13 +167,17 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
   }
   __syncthreads();
 
-  Weight weight{p, nested_code, offset, {}, lane};
+  Weight weight{p.scales, nested_code, offset, {}, {}, p.block_shift - 6, lane};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) weight.row[i] = min(feature + i * 8 + g, p.n - 1);
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = min(feature + i * 8 + g, p.n - 1);
+    weight.codes[i] = p.codes + row * (p.k / 2) + q * 8;
+    weight.block[i] = static_cast<int>(row * (p.k >> p.block_shift));
+  }
   const T* x[kTiles];
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    const int64_t row = min(int64_t{t * 8 + g}, p.m - 1);
+    const int64_t row = min(int64_t{first_row + t * 8 + g}, p.m - 1);
     x[t] = static_cast<const T*>(p.x) + row * p.x_pitch + q * 16;
   }
   const bool low_rank = p.rank > 0;
@@ -204,7 +219,11 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
           const uint32_t word = s < 2 ? words.x : words.y;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            of_w[e * 2 + i] = table[(word >> (s % 2 * 16 + e * 8) & 255) * 32 + lane];
+            constexpr int kEntry = 7;  // log2 of an entry's bytes
+            const int from = s % 2 * 16 + e * 8;
+            const uint32_t at = from < kEntry ? word << (kEntry - from) : word >> (from - kEntry);
+            of_w[e * 2 + i] =
+                *reinterpret_cast<const uint32_t*>(shared + ((at & 0x7F80) | lane * 4));
           }
         }
 #pragma unroll
@@ -227,16 +246,19 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
   const int blocks = static_cast<int>(p.k / kBlockK);
   const int begin = static_cast<int>(int64_t{blocks} * warp / kWarps);
   const int end = static_cast<int>(int64_t{blocks} * (warp + 1) / kWarps);
-  Codes next;
-  if (begin < end) weight.load(next, begin, end);
-#pragma unroll 1
-  for (int j = begin; j < end; j += kAhead) {
-    const Codes now = next;
+  const auto step = [&](const Codes& now, Codes& next, int j) {
     if (j + kAhead < end) weight.load(next, j + kAhead, end);
 #pragma unroll
     for (int b = 0; b < kAhead; ++b) {
       if (j + b < end) block(now, b, j + b);
     }
+  };
+  Codes even, odd;  // blocks kAhead at a time
+  if (begin < end) weight.load(even, begin, end);
+#pragma unroll 1
+  for (int j = begin; j < end; j += 2 * kAhead) {
+    step(even, odd, j);
+    if (j + kAhead < end) step(odd, even, j + kAhead);
   }
 
   // Every warp's sums, features and then ranks, by rows of x.
@@ -266,13 +288,15 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
     const int r = i % rank, row = i / rank;
     const T rounded = static_cast<T>(scale * total(kFeatures + r, row));
     h[r * kRows + row] = wide(rounded);
-    if (blockIdx.x == 0 && row < p.m) static_cast<T*>(p.h)[row * rank + r] = rounded;
+    if (blockIdx.x == 0 && first_row + row < p.m) {
+      static_cast<T*>(p.h)[(first_row + row) * rank + r] = rounded;
+    }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kFeatures * kRows; i += kWarps * 32) {
     const int row = i / kFeatures;
     const int64_t column = feature + i % kFeatures;
-    if (row >= p.m || column >= p.n) continue;
+    if (first_row + row >= p.m || column >= p.n) continue;
     float y = total(i % kFeatures, row);
     for (int r = 0; r < rank; ++r) {
       const int64_t at = column * rank + r;
@@ -281,7 +305,7 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
       y += h[r * kRows + row] * b;
     }
     if (p.bias != nullptr) y += wide(static_cast<const T*>(p.bias)[column]);
-    static_cast<T*>(p.y)[row * p.n + column] = static_cast<T>(y);
+    static_cast<T*>(p.y)[(first_row + row) * p.n + column] = static_cast<T>(y);
   }
 }
 
@@ -291,7 +315,8 @@ void launch(const Nf4Few& p, CUstream_st* stream) {
   constexpr int kBytes = Shared<kWarps, kRows>::kBytes;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
              "cudaFuncSetAttribute");
-  const auto ctas = static_cast<unsigned>(ceil_div(p.n, kFeatures));
+  const dim3 ctas(static_cast<unsigned>(ceil_div(p.n, kFeatures)),
+                  static_cast<unsigned>(ceil_div(p.m, kRows)));
   kernel<<<ctas, kWarps * 32, kBytes, stream>>>(p, p.fp4 ? kFp4 : kNf4);
   check_launch("nf4_few");
 }
@@ -302,18 +327,10 @@ void launch_for(const Nf4Few& p, CUstream_st* stream) {
   const bool alone = ceil_div(p.n, kFeatures) <= current_multiprocessors();
   if (p.m <= 8) return alone ? launch<T, A, 16, 8>(p, stream) : launch<T, A, 8, 8>(p, stream);
   if (p.m <= 16) return alone ? launch<T, A, 16, 16>(p, stream) : launch<T, A, 8, 16>(p, stream);
-  if (p.m <= 32) return launch<T, A, 8, 32>(p, stream);
-  launch<T, A, 8, 64>(p, stream);
+  launch<T, A, 8, 32>(p, stream);
 }
 
 }  // namespace
-
-int nf4_few_rows(int device) {
-  int bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "cudaDeviceGetAttribute");
-  return bytes >= Shared<8, 64>::kBytes ? 64 : 32;
-}
 
 void nf4_few_cuda(const Nf4Few& p, CUstream_st* stream) {
   const auto of_type = [&](auto zero) {

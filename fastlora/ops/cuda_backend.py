@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -54,8 +53,8 @@ def nf4_few_miss(
     m, k = x.shape
     if rng_state is not None:
         return "has no dropout"
-    if not 1 <= m <= 64 or (m > 32 and _shared_memory(x.device) < 140 * 1024):
-        return f"is for up to 64 rows, 32 where a GPU has little shared memory; got {m}"
+    if not 1 <= m <= 64:
+        return f"is for up to 64 rows, got {m}"
     if k == 0 or form.rows == 0 or form.block_size < 64 or k % form.block_size:
         return "needs whole blocks of 64 elements or more in a row"
     if (x.stride(1), x.stride(0) % 8, x.data_ptr() % 16, codes.data_ptr() % 8) != (1, 0, 0, 0):
@@ -67,14 +66,6 @@ def nf4_few_miss(
     if not (a.is_contiguous() and b.is_contiguous()) or a.data_ptr() % 16:
         return "needs contiguous factors"
     return None
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes a CTA may ask for; 0 where torch does not tell."""
-    return int(
-        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    )
 
 
 def nf4_linear(
