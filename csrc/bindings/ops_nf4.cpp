@@ -219,8 +219,8 @@ std::tuple<Tensor, Tensor> linear_few(const Tensor& x, const Tensor& codes, cons
     p.a_float = a->scalar_type() == ScalarType::Float;
     p.b_float = b->scalar_type() == ScalarType::Float;
   }
-  check(aligned(p.x, 16) && p.x_pitch % 8 == 0 && aligned(p.codes, 8) && aligned(p.a, 16), kFew,
-        ": x and lora_A must start at multiples of 16 bytes, codes at one of 8");
+  check(aligned(p.x, 16) && p.x_pitch % 8 == 0 && aligned(p.codes, 16) && aligned(p.a, 16), kFew,
+        ": x, its rows, codes and lora_A must start at multiples of 16 bytes");
   if (bias.has_value()) {
     check_flat("bias", *bias, x.scalar_type(), n, x);
     p.bias = bias->const_data_ptr();

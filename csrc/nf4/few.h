@@ -1,4 +1,4 @@
-// A linear of few rows over a 4-bit weight, with its low-rank update, in one launch.
+// A linear of few rows over a 4-bit weight, with its low-rank update, in a pair of launches.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace fastlora {
 
 // y [m, n] = x [m, k] W^T + bias + h b^T, h [m, rank] = scale [scaling] x a^T. W [n, k] in 4 bits,
 // whole blocks of 64 elements or more in a row; k is a multiple of 64, m up to 64 and rank up
-// to 16. Rows of x start at multiples of 16 bytes, codes at one of 8.
+// to 16. Rows of x, codes and a start at multiples of 16 bytes.
 struct Nf4Few {
   int64_t m, n, k, rank;  // rank may be 0: no update
   bool half;              // float16, or bfloat16
@@ -19,7 +19,7 @@ struct Nf4Few {
   Nf4Scales scales;
   int block_shift;
   bool fp4;
-  const void *a, *b;  // [rank, k] and [n, rank], contiguous, x's type or float32; a as x aligned
+  const void *a, *b;  // [rank, k] and [n, rank], contiguous, x's type or float32
   bool a_float, b_float;
   const void* bias;  // [n] or null
   float scale;

@@ -1,9 +1,10 @@
-// y = x W^T + bias + h B^T, h = s x A^T, of up to 64 rows: W [n, k] in 4 bits, read once, as it
-// lies.
+// y = x W^T + bias + h B^T, h = s x A^T, of few rows: W [n, k] in 4 bits, read as it lies.
 //
+//   h        by a kernel of its own in front, a CTA for 8 rows of x, which the other only waits for
+//            when its sums are done
 //   CTA      32 features (rows of W), up to 32 rows and all of K, of which every warp takes a
-//   share; then the
-//            warps' sums are added up in order, h first, which every CTA makes for itself
+//   share;
+//            then the warps' sums are added up in order
 //   product  mma.sync m16n8k16: 16 features, or the ranks, by 8 rows of x. The tensor cores do not
 //            mind the order of K: of the 64 elements of a block a lane takes 16 that are
 //            neighbours, which are 8 bytes of codes and 32 of x
@@ -11,14 +12,15 @@
 //            (32 KB of shared memory), turns it into a register of an operand
 //   scales   multiply the sums of a block, in fp32: elements are code values, rounded to x's type
 //
-// Takes whole blocks of 64 elements or more in a row. No barrier in the main loop: warps hide each
-// other's loads; the codes of 2 blocks are on the way while 2 are multiplied.
+// Takes whole blocks of 64 elements or more in a row. A warp has a ring of blocks of codes and x in
+// shared memory, filled by cp.async: no barrier in the main loop.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <type_traits>
 
+#include "common/sm90/copy_async.cuh"
 #include "host/dependent_launch.cuh"
 #include "host/launch.cuh"
 #include "nf4/code.cuh"
@@ -29,19 +31,20 @@ namespace {
 
 constexpr int kFeatures = 32;  // of a CTA
 constexpr int kBlockK = 64;
-constexpr int kAhead = 2;  // blocks whose codes are loaded together
-constexpr int kSums = kFeatures + kMostFewRanks;
 constexpr int kTableBytes = 256 * 32 * 4;
+constexpr int kCodeBytes = kFeatures * kBlockK / 2;  // of a block
+constexpr int kRowBytes = kBlockK * 2;
 
-// Shared memory, in bytes: the table, and when all have done with it the warps' sums; then the
-// codes of quantised scales, then h [ranks, rows].
+// Shared memory, in bytes: the table, then every warp's ring; the warps' sums, when all have done
+// with both; and the codes of quantised scales.
 template <int kWarps, int kRows>
 struct Shared {
-  static constexpr int kPitch = kRows + 1;  // odd: features differ in banks
-  static constexpr int kSumBytes = kWarps * kSums * kPitch * 4;
-  static constexpr int kNested = kSumBytes > kTableBytes ? kSumBytes : kTableBytes;
-  static constexpr int kH = kNested + 256 * 4;
-  static constexpr int kBytes = kH + kMostFewRanks * kRows * 4;
+  static constexpr int kStages = kRows == 8 ? 4 : 3;
+  static constexpr int kStageBytes = kCodeBytes + kRows * kRowBytes;
+  static constexpr int kNested = kTableBytes + kWarps * kStages * kStageBytes;
+  static constexpr int kBytes = kNested + 256 * 4;
+  static constexpr int kPitch = kRows + 1;  // of sums: odd, so that features differ in banks
+  static_assert(kWarps * kFeatures * kPitch * 4 <= kNested);
 };
 
 template <class T>
@@ -100,40 +103,16 @@ __device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* fro
   }
 }
 
-// Codes of some blocks, and for each feature of the lane the scale of one of them.
-struct Codes {
-  uint2 words[kAhead][4];
-  float scales[4];
+// Two roundings, as bitsandbytes has them.
+struct Scale {
+  float absmax;  // or nested_absmax, of
+  uint32_t code;
 };
-
-// What a warp reads of W: the lane's features are g, g + 8, g + 16 and g + 24 of the CTA's.
-struct Weight {
-  const Nf4Scales& scales;
-  const float* nested_code;  // in shared memory
-  float offset;
-  const uint8_t* codes[4];  // from the lane's own bytes on
-  int block[4];             // the row's first
-  int shift;                // of blocks of 64 to the weight's
-  int lane;
-
-  __device__ __forceinline__ void load(Codes& loaded, int j, int end) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int b = 0; b < kAhead; ++b) {
-        const int at = min(j + b, end - 1) * (kBlockK / 2);
-        loaded.words[b][i] = __ldcs(reinterpret_cast<const uint2*>(codes[i] + at));
-      }
-      loaded.scales[i] = scale(block[i] + (min(j + lane % kAhead, end - 1) >> shift));
-    }
-  }
-  __device__ __forceinline__ float scale(int at) const {
-    if (scales.absmax != nullptr) return __ldg(scales.absmax + at);
-    return __fadd_rn(__fmul_rn(nested_code[__ldg(scales.codes + at)],
-                               __ldg(scales.nested_absmax + (at >> scales.nested_shift))),
-                     offset);
-  }
-};
+__device__ __forceinline__ Scale load_scale(const Nf4Scales& scales, int block) {
+  if (scales.absmax != nullptr) return {__ldg(scales.absmax + block), 0};
+  return {__ldg(scales.nested_absmax + (block >> scales.nested_shift)),
+          __ldg(scales.codes + block)};
+}
 
 // The table: entry `byte`, 32 times. Lanes begin at different banks.
 template <class T>
@@ -147,81 +126,152 @@ __device__ __forceinline__ void fill_table(char* table, const CodeBook& book, fl
   }
 }
 
-template <class T, class A, int kWarps, int kRows>
+// h = scale x A^T: of 8 rows of x, all ranks.
+constexpr int kRankWarps = 16;
+
+template <class T, class A>
+__global__ void __launch_bounds__(kRankWarps * 32) ranks_kernel(Nf4Few p) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+  __shared__ float sums[kRankWarps][kMostFewRanks][9];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int64_t first = int64_t{blockIdx.x} * 8;
+  const T* const x = static_cast<const T*>(p.x) + min(first + g, p.m - 1) * p.x_pitch + q * 16;
+  const A* a[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    a[i] = static_cast<const A*>(p.a) + min(int64_t{i * 8 + g}, p.rank - 1) * p.k + q * 16;
+  }
+  float acc[4] = {};
+  const int64_t blocks = p.k / kBlockK;
+#pragma unroll 2
+  for (int64_t j = warp; j < blocks; j += kRankWarps) {
+    uint32_t of_x[8], of_a[2][8];
+    load_pairs<T>(of_x, x + j * kBlockK);
+    load_pairs<T>(of_a[0], a[0] + j * kBlockK);
+    load_pairs<T>(of_a[1], a[1] + j * kBlockK);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const uint32_t step[4] = {of_a[0][2 * s], of_a[1][2 * s], of_a[0][2 * s + 1],
+                                of_a[1][2 * s + 1]};
+      multiply<T>(acc, step, of_x[2 * s], of_x[2 * s + 1]);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sums[warp][g + e / 2 * 8][q * 2 + e % 2] = acc[e];
+  __syncthreads();
+  const int rank = static_cast<int>(p.rank);
+  const int r = threadIdx.x % rank, row = static_cast<int>(threadIdx.x) / rank;
+  if (row >= 8 || first + row >= p.m) return;
+  float all = 0;
+#pragma unroll
+  for (int w = 0; w < kRankWarps; ++w) all += sums[w][r][row];
+  const float scale = p.scaling == nullptr ? p.scale : p.scale * *p.scaling;
+  static_cast<T*>(p.h)[(first + row) * rank + r] = static_cast<T>(scale * all);
+}
+
+template <class T, int kWarps, int kRows>
 __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 1)
     few_kernel(Nf4Few p, CodeBook book) {
-  constexpr int kTiles = kRows / 8;
-  extern __shared__ __align__(16) char shared[];
-  auto* const sums = reinterpret_cast<float*>(shared);  // where the table was
-  auto* const nested_code = reinterpret_cast<float*>(shared + Shared<kWarps, kRows>::kNested);
-  auto* const h = reinterpret_cast<float*>(shared + Shared<kWarps, kRows>::kH);
+  using Memory = Shared<kWarps, kRows>;
+  constexpr int kTiles = kRows / 8, kStages = Memory::kStages;
+  extern __shared__ __align__(128) char shared[];
+  auto* const nested_code = reinterpret_cast<float*>(shared + Memory::kNested);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int64_t feature = int64_t{blockIdx.x} * kFeatures;
   const int first_row = static_cast<int>(blockIdx.y) * kRows;
 
-  fill_table<T>(shared, book, h);
-  float offset = 0;
-  if (p.scales.absmax == nullptr) {
+  // What the lane copies: 16 bytes of two features, and of every fourth row of x.
+  char* const ring = shared + kTableBytes + warp * kStages * Memory::kStageBytes;
+  const auto ring_address = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+  const uint8_t* codes[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = min(feature + lane / 2 + i * 16, p.n - 1);
+    codes[i] = p.codes + row * (p.k / 2) + lane % 2 * 16;
+  }
+  const T* x[kRows / 4];
+#pragma unroll
+  for (int i = 0; i < kRows / 4; ++i) {
+    const int64_t row = min(int64_t{first_row + i * 4 + lane / 8}, p.m - 1);
+    x[i] = static_cast<const T*>(p.x) + row * p.x_pitch + lane % 8 * 8;
+  }
+  const int blocks = static_cast<int>(p.k / kBlockK);
+  const int begin = static_cast<int>(int64_t{blocks} * warp / kWarps);
+  const int end = static_cast<int>(int64_t{blocks} * (warp + 1) / kWarps);
+  const auto copy = [&](int j, int stage) {
+    if (j < end) {
+      const uint32_t to = ring_address + stage * Memory::kStageBytes;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        sm90::copy_async_16(to + (i * 32 + lane) * 16, codes[i] + j * (kBlockK / 2), 16);
+      }
+#pragma unroll
+      for (int i = 0; i < kRows / 4; ++i) {
+        const int row = i * 4 + lane / 8, chunk = lane % 8 ^ (row & 1);
+        sm90::copy_async_16(to + kCodeBytes + row * kRowBytes + chunk * 16, x[i] + j * kBlockK, 16);
+      }
+    }
+    sm90::copy_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copy(begin + i, i);
+
+  // The scale of the lane's own feature, which it hands to those that multiply it.
+  const int own = static_cast<int>(min(feature + lane, p.n - 1) * (p.k >> p.block_shift));
+  const int shift = p.block_shift - 6;
+  Scale ahead = load_scale(p.scales, own + (min(begin, blocks - 1) >> shift));
+  const bool nested = p.scales.absmax == nullptr;
+  const float offset = nested ? *p.scales.offset : 0.0f;
+  fill_table<T>(shared, book, nested_code);
+  __syncthreads();
+  if (nested) {
     for (int i = threadIdx.x; i < 256; i += kWarps * 32) nested_code[i] = p.scales.nested_code[i];
-    offset = *p.scales.offset;
   }
   __syncthreads();
 
-  Weight weight{p.scales, nested_code, offset, {}, {}, p.block_shift - 6, lane};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = min(feature + i * 8 + g, p.n - 1);
-    weight.codes[i] = p.codes + row * (p.k / 2) + q * 8;
-    weight.block[i] = static_cast<int>(row * (p.k >> p.block_shift));
-  }
-  const T* x[kTiles];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    const int64_t row = min(int64_t{first_row + t * 8 + g}, p.m - 1);
-    x[t] = static_cast<const T*>(p.x) + row * p.x_pitch + q * 16;
-  }
-  const bool low_rank = p.rank > 0;
-  const A* a[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t rank = max(int64_t{0}, min(int64_t{i * 8 + g}, p.rank - 1));
-    a[i] = static_cast<const A*>(p.a) + rank * p.k + q * 16;
-  }
-
-  float acc[2][kTiles][4] = {}, ranks[kTiles][4] = {};
-  const auto block = [&](const Codes& codes, int b, int j) {
+  float acc[2][kTiles][4] = {};
+  int stage = 0;
+#pragma unroll 1
+  for (int j = begin; j < end; ++j) {
+    const float scale =
+        nested ? __fadd_rn(__fmul_rn(nested_code[ahead.code], ahead.absmax), offset) : ahead.absmax;
+    sm90::copy_async_wait<kStages - 2>();
+    __syncwarp();  // all lanes' copies of this block are there, and all have read the last one
+    copy(j + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
+    ahead = load_scale(p.scales, own + (min(j + 1, blocks - 1) >> shift));
+    const char* const from = ring + stage * Memory::kStageBytes;
     uint32_t of_x[kTiles][8];
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) load_pairs<T>(of_x[t], x[t] + j * kBlockK);
-    if (low_rank) {
-      uint32_t of_a[2][8];
-      load_pairs<T>(of_a[0], a[0] + j * kBlockK);
-      load_pairs<T>(of_a[1], a[1] + j * kBlockK);
+    for (int t = 0; t < kTiles; ++t) {
+      const char* const row = from + kCodeBytes + (t * 8 + g) * kRowBytes;
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        const uint32_t step[4] = {of_a[0][2 * s], of_a[1][2 * s], of_a[0][2 * s + 1],
-                                  of_a[1][2 * s + 1]};
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          multiply<T>(ranks[t], step, of_x[t][2 * s], of_x[t][2 * s + 1]);
-        }
+      for (int i = 0; i < 2; ++i) {
+        const uint4 eight = *reinterpret_cast<const uint4*>(row + ((2 * q + i) ^ (g & 1)) * 16);
+        of_x[t][4 * i] = eight.x, of_x[t][4 * i + 1] = eight.y;
+        of_x[t][4 * i + 2] = eight.z, of_x[t][4 * i + 3] = eight.w;
       }
     }
 #pragma unroll
     for (int f = 0; f < 2; ++f) {  // 16 features
+      uint2 words[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        words[i] = *reinterpret_cast<const uint2*>(from + (f * 16 + i * 8 + g) * 32 + q * 8);
+      }
       float sum[kTiles][4] = {};
 #pragma unroll
       for (int s = 0; s < 4; ++s) {  // 16 elements
         uint32_t of_w[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint2 words = codes.words[b][f * 2 + i];
-          const uint32_t word = s < 2 ? words.x : words.y;
+          const uint32_t word = s < 2 ? words[i].x : words[i].y;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             constexpr int kEntry = 7;  // log2 of an entry's bytes
-            const int from = s % 2 * 16 + e * 8;
-            const uint32_t at = from < kEntry ? word << (kEntry - from) : word >> (from - kEntry);
+            const int bit = s % 2 * 16 + e * 8;
+            const uint32_t at = bit < kEntry ? word << (kEntry - bit) : word >> (bit - kEntry);
             of_w[e * 2 + i] =
                 *reinterpret_cast<const uint32_t*>(shared + ((at & 0x7F80) | lane * 4));
           }
@@ -233,109 +283,104 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float scale = __shfl_sync(0xFFFFFFFF, codes.scales[f * 2 + i], (lane & ~3) + b);
+        const float by = __shfl_sync(0xFFFFFFFF, scale, f * 16 + i * 8 + g);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          acc[f][t][2 * i] += scale * sum[t][2 * i];
-          acc[f][t][2 * i + 1] += scale * sum[t][2 * i + 1];
+          acc[f][t][2 * i] += by * sum[t][2 * i];
+          acc[f][t][2 * i + 1] += by * sum[t][2 * i + 1];
         }
       }
     }
-  };
-
-  const int blocks = static_cast<int>(p.k / kBlockK);
-  const int begin = static_cast<int>(int64_t{blocks} * warp / kWarps);
-  const int end = static_cast<int>(int64_t{blocks} * (warp + 1) / kWarps);
-  const auto step = [&](const Codes& now, Codes& next, int j) {
-    if (j + kAhead < end) weight.load(next, j + kAhead, end);
-#pragma unroll
-    for (int b = 0; b < kAhead; ++b) {
-      if (j + b < end) block(now, b, j + b);
-    }
-  };
-  Codes even, odd;  // blocks kAhead at a time
-  if (begin < end) weight.load(even, begin, end);
-#pragma unroll 1
-  for (int j = begin; j < end; j += 2 * kAhead) {
-    step(even, odd, j);
-    if (j + kAhead < end) step(odd, even, j + kAhead);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 
-  // Every warp's sums, features and then ranks, by rows of x.
-  constexpr int kPitch = Shared<kWarps, kRows>::kPitch;
-  __syncthreads();  // the table is not read any more
+  constexpr int kPitch = Memory::kPitch;
+  auto* const sums = reinterpret_cast<float*>(shared);
+  sm90::copy_async_wait<0>();
+  __syncthreads();  // table and rings are not read any more
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int column = t * 8 + q * 2 + e % 2, down = g + e / 2 * 8;
-      float* const to = sums + warp * kSums * kPitch + column;
+      float* const to = sums + warp * kFeatures * kPitch + column;
       to[down * kPitch] = acc[0][t][e];
       to[(16 + down) * kPitch] = acc[1][t][e];
-      to[(kFeatures + down) * kPitch] = ranks[t][e];
     }
   }
   __syncthreads();
-  const auto total = [&](int sum, int row) {
-    float all = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) all += sums[(w * kSums + sum) * kPitch + row];
-    return all;
-  };
   const int rank = static_cast<int>(p.rank);
-  const float scale = p.scaling == nullptr ? p.scale : p.scale * *p.scaling;
-  for (int i = threadIdx.x; i < rank * kRows; i += kWarps * 32) {
-    const int r = i % rank, row = i / rank;
-    const T rounded = static_cast<T>(scale * total(kFeatures + r, row));
-    h[r * kRows + row] = wide(rounded);
-    if (blockIdx.x == 0 && first_row + row < p.m) {
-      static_cast<T*>(p.h)[(first_row + row) * rank + r] = rounded;
-    }
-  }
-  __syncthreads();
+#if __CUDA_ARCH__ >= 900
+  if (rank > 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   for (int i = threadIdx.x; i < kFeatures * kRows; i += kWarps * 32) {
     const int row = i / kFeatures;
     const int64_t column = feature + i % kFeatures;
     if (first_row + row >= p.m || column >= p.n) continue;
-    float y = total(i % kFeatures, row);
+    float y = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) y += sums[(w * kFeatures + i % kFeatures) * kPitch + row];
+    const T* const h = static_cast<const T*>(p.h) + (first_row + row) * rank;
     for (int r = 0; r < rank; ++r) {
       const int64_t at = column * rank + r;
       const float b = p.b_float ? wide(static_cast<T>(static_cast<const float*>(p.b)[at]))
                                 : wide(static_cast<const T*>(p.b)[at]);
-      y += h[r * kRows + row] * b;
+      y += wide(h[r]) * b;
     }
     if (p.bias != nullptr) y += wide(static_cast<const T*>(p.bias)[column]);
     static_cast<T*>(p.y)[(first_row + row) * p.n + column] = static_cast<T>(y);
   }
 }
 
-template <class T, class A, int kWarps, int kRows>
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+template <class T, int kWarps, int kRows>
 void launch(const Nf4Few& p, CUstream_st* stream) {
-  auto* const kernel = few_kernel<T, A, kWarps, kRows>;
+  auto* const kernel = few_kernel<T, kWarps, kRows>;
   constexpr int kBytes = Shared<kWarps, kRows>::kBytes;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
              "cudaFuncSetAttribute");
-  const dim3 ctas(static_cast<unsigned>(ceil_div(p.n, kFeatures)),
-                  static_cast<unsigned>(ceil_div(p.m, kRows)));
-  kernel<<<ctas, kWarps * 32, kBytes, stream>>>(p, p.fp4 ? kFp4 : kNf4);
-  check_launch("nf4_few");
+  cudaLaunchAttribute early{};  // while h is being made
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ceil_div(p.n, kFeatures)),
+                        static_cast<unsigned>(ceil_div(p.m, kRows)));
+  config.blockDim = dim3(kWarps * 32);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = p.rank > 0 && attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, p, p.fp4 ? kFp4 : kNf4), "nf4_few");
 }
 
-template <class T, class A>
-void launch_for(const Nf4Few& p, CUstream_st* stream) {
-  // Where a CTA has an SM to itself, more warps hide its loads.
-  const bool alone = ceil_div(p.n, kFeatures) <= current_multiprocessors();
-  if (p.m <= 8) return alone ? launch<T, A, 16, 8>(p, stream) : launch<T, A, 8, 8>(p, stream);
-  if (p.m <= 16) return alone ? launch<T, A, 16, 16>(p, stream) : launch<T, A, 8, 16>(p, stream);
-  launch<T, A, 8, 32>(p, stream);
+template <class T>
+void launch_ranks(const Nf4Few& p, CUstream_st* stream) {
+  const auto ctas = static_cast<unsigned>(ceil_div(p.m, 8));
+  auto* const kernel = p.a_float ? ranks_kernel<T, float> : ranks_kernel<T, T>;
+  kernel<<<ctas, kRankWarps * 32, 0, stream>>>(p);
+  check_launch("nf4_few: h");
 }
 
 }  // namespace
 
 void nf4_few_cuda(const Nf4Few& p, CUstream_st* stream) {
+  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  // Where a CTA has an SM to itself, more warps hide its loads.
+  const bool alone = ceil_div(p.n, kFeatures) <= current_multiprocessors();
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
-    p.a_float ? launch_for<T, float>(p, stream) : launch_for<T, T>(p, stream);
+    if (p.rank > 0) launch_ranks<T>(p, stream);
+    if (p.m > 16 && most >= Shared<8, 32>::kBytes) return launch<T, 8, 32>(p, stream);
+    if (p.m > 8 && alone && most >= Shared<16, 16>::kBytes) return launch<T, 16, 16>(p, stream);
+    if (p.m > 8 && most >= Shared<8, 16>::kBytes) return launch<T, 8, 16>(p, stream);
+    if (alone && most >= Shared<16, 8>::kBytes) return launch<T, 16, 8>(p, stream);
+    launch<T, 8, 8>(p, stream);
   };
   if (p.half) return of_type(__half{});
   of_type(__nv_bfloat16{});

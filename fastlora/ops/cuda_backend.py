@@ -57,8 +57,8 @@ def nf4_few_miss(
         return f"is for up to 64 rows, got {m}"
     if k == 0 or form.rows == 0 or form.block_size < 64 or k % form.block_size:
         return "needs whole blocks of 64 elements or more in a row"
-    if (x.stride(1), x.stride(0) % 8, x.data_ptr() % 16, codes.data_ptr() % 8) != (1, 0, 0, 0):
-        return "needs rows of x at multiples of 16 bytes"
+    if (x.stride(1), x.stride(0) % 8, x.data_ptr() % 16, codes.data_ptr() % 16) != (1, 0, 0, 0):
+        return "needs codes, and rows of x, at multiples of 16 bytes"
     if a is None or b is None:
         return None
     if {a.dtype, b.dtype} - {x.dtype, torch.float32} or not 1 <= a.shape[0] <= 16:
