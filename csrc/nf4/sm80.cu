@@ -39,12 +39,12 @@ constexpr int kRowBytes = kBlockK * 2;
 // with both; and the codes of quantised scales.
 template <int kWarps, int kRows>
 struct Shared {
-  static constexpr int kStages = kRows == 8 ? 4 : 3;
+  static constexpr int kStages = 3;
   static constexpr int kStageBytes = kCodeBytes + kRows * kRowBytes;
   static constexpr int kNested = kTableBytes + kWarps * kStages * kStageBytes;
   static constexpr int kBytes = kNested + 256 * 4;
   static constexpr int kPitch = kRows + 1;  // of sums: odd, so that features differ in banks
-  static_assert(kWarps * kFeatures * kPitch * 4 <= kNested);
+  static_assert((kWarps * kFeatures * kPitch + kRows * kMostFewRanks) * 4 <= kNested);
 };
 
 template <class T>
@@ -182,35 +182,37 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
   const int64_t feature = int64_t{blockIdx.x} * kFeatures;
   const int first_row = static_cast<int>(blockIdx.y) * kRows;
 
-  // What the lane copies: 16 bytes of two features, and of every fourth row of x.
+  const int blocks = static_cast<int>(p.k / kBlockK);
+  const int begin = static_cast<int>(int64_t{blocks} * warp / kWarps);
+  const int end = static_cast<int>(int64_t{blocks} * (warp + 1) / kWarps);
+  // What the lane copies next: 16 bytes of two features, and of every fourth row of x.
   char* const ring = shared + kTableBytes + warp * kStages * Memory::kStageBytes;
   const auto ring_address = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
   const uint8_t* codes[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = min(feature + lane / 2 + i * 16, p.n - 1);
-    codes[i] = p.codes + row * (p.k / 2) + lane % 2 * 16;
+    codes[i] = p.codes + row * (p.k / 2) + begin * (kBlockK / 2) + lane % 2 * 16;
   }
   const T* x[kRows / 4];
 #pragma unroll
   for (int i = 0; i < kRows / 4; ++i) {
     const int64_t row = min(int64_t{first_row + i * 4 + lane / 8}, p.m - 1);
-    x[i] = static_cast<const T*>(p.x) + row * p.x_pitch + lane % 8 * 8;
+    x[i] = static_cast<const T*>(p.x) + row * p.x_pitch + begin * kBlockK + lane % 8 * 8;
   }
-  const int blocks = static_cast<int>(p.k / kBlockK);
-  const int begin = static_cast<int>(int64_t{blocks} * warp / kWarps);
-  const int end = static_cast<int>(int64_t{blocks} * (warp + 1) / kWarps);
   const auto copy = [&](int j, int stage) {
     if (j < end) {
       const uint32_t to = ring_address + stage * Memory::kStageBytes;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        sm90::copy_async_16(to + (i * 32 + lane) * 16, codes[i] + j * (kBlockK / 2), 16);
+        sm90::copy_async_16(to + (i * 32 + lane) * 16, codes[i], 16);
+        codes[i] += kBlockK / 2;
       }
 #pragma unroll
       for (int i = 0; i < kRows / 4; ++i) {
         const int row = i * 4 + lane / 8, chunk = lane % 8 ^ (row & 1);
-        sm90::copy_async_16(to + kCodeBytes + row * kRowBytes + chunk * 16, x[i] + j * kBlockK, 16);
+        sm90::copy_async_16(to + kCodeBytes + row * kRowBytes + chunk * 16, x[i], 16);
+        x[i] += kBlockK;
       }
     }
     sm90::copy_async_commit();
@@ -309,26 +311,40 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
     }
   }
   __syncthreads();
-  const int rank = static_cast<int>(p.rank);
+  // A thread has one feature: its row of B stays in registers.
+  const int rank = static_cast<int>(p.rank), own_feature = threadIdx.x % kFeatures;
+  const int64_t column = feature + own_feature;
+  float b[kMostFewRanks] = {};
+  auto* const h = sums + kWarps * kFeatures * kPitch;  // [rows, 16]
+  if (rank > 0) {
+#pragma unroll
+    for (int r = 0; r < kMostFewRanks; ++r) {
+      if (r >= rank || column >= p.n) break;
+      b[r] = p.b_float ? wide(static_cast<T>(static_cast<const float*>(p.b)[column * rank + r]))
+                       : wide(static_cast<const T*>(p.b)[column * rank + r]);
+    }
 #if __CUDA_ARCH__ >= 900
-  if (rank > 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  for (int i = threadIdx.x; i < kFeatures * kRows; i += kWarps * 32) {
-    const int row = i / kFeatures;
-    const int64_t column = feature + i % kFeatures;
-    if (first_row + row >= p.m || column >= p.n) continue;
+    for (int i = threadIdx.x; i < kRows * kMostFewRanks; i += kWarps * 32) {
+      const int row = first_row + i / kMostFewRanks, r = i % kMostFewRanks;
+      const bool there = row < p.m && r < rank;
+      h[i] = there ? wide(static_cast<const T*>(p.h)[row * rank + r]) : 0.0f;
+    }
+    __syncthreads();
+  }
+  if (column >= p.n) return;
+  const float bias = p.bias == nullptr ? 0.0f : wide(static_cast<const T*>(p.bias)[column]);
+  for (int row = threadIdx.x / kFeatures; row < kRows; row += kWarps) {
+    if (first_row + row >= p.m) return;
     float y = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) y += sums[(w * kFeatures + i % kFeatures) * kPitch + row];
-    const T* const h = static_cast<const T*>(p.h) + (first_row + row) * rank;
-    for (int r = 0; r < rank; ++r) {
-      const int64_t at = column * rank + r;
-      const float b = p.b_float ? wide(static_cast<T>(static_cast<const float*>(p.b)[at]))
-                                : wide(static_cast<const T*>(p.b)[at]);
-      y += wide(h[r]) * b;
+    for (int w = 0; w < kWarps; ++w) y += sums[(w * kFeatures + own_feature) * kPitch + row];
+    if (rank > 0) {
+#pragma unroll
+      for (int r = 0; r < kMostFewRanks; ++r) y += h[row * kMostFewRanks + r] * b[r];
     }
-    if (p.bias != nullptr) y += wide(static_cast<const T*>(p.bias)[column]);
-    static_cast<T*>(p.y)[(first_row + row) * p.n + column] = static_cast<T>(y);
+    static_cast<T*>(p.y)[(first_row + row) * p.n + column] = static_cast<T>(y + bias);
   }
 }
 

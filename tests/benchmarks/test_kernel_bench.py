@@ -1,11 +1,11 @@
-"""benchmarks/bench_kernels.py: its cases, files, and that a wrong kernel is named and not timed."""
+"""benchmarks/bench_kernels.py and bench_qlora.py: their cases, files, and that a wrong kernel is named and not timed."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import bench_kernels
+from benchmarks import bench_kernels, bench_qlora
 from fastlora.ops import raw
 
 
@@ -58,3 +58,13 @@ def test_bad_options_are_named(arguments, message, capsys):
         bench_kernels.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_qlora_is_timed_beside_the_frozen_linear(tmp_path):
+    assert bench_qlora.main(["--rounds", "15", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    found = json.loads(next(tmp_path.glob("qlora-*.json")).read_text())
+    rows = {(row["case"], row["contender"]): row for row in found["rows"]}
+    assert {case for case, _ in rows} == {"fwd 1x64x96", "fwd 16x64x96", "f+b 32x64x96"}
+    for (_, contender), row in rows.items():
+        assert row["error"] is None and row["ratio"]["median"] > 0
+        assert contender in ("frozen bf16", "fastlora")
