@@ -26,8 +26,8 @@ class NF4Tensor(nn.Module):
     (two elements a byte, the first in the high half) and scales. Made by ``quantize``, ``from_bitsandbytes`` or ``empty``.
 
     It is a module whose parameters are integers that do not require grad, so that ``.half()``, ``.to(torch.bfloat16)``,
-    mixed precision and sharding leave every bit as it is; fp32 scales are kept as the int32 of the same bits. Where
-    whole blocks make up a row, ``codes`` and ``absmax`` have a row for each of the weight's.
+    mixed precision and sharding (FSDP2 from torch 2.13 on) leave every bit as it is; fp32 scales are kept as the int32 of
+    the same bits. Where whole blocks make up a row, ``codes`` and ``absmax`` have a row for each of the weight's.
 
     Parameters:
         codes: uint8 [N, K / 2], or [ceil(N K / 2)] where blocks straddle rows.

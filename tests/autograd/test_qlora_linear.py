@@ -41,11 +41,12 @@ def dtypes(device):
 @pytest.mark.parametrize("factors", ["same", FP32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_lora_linear_over_the_dequantised_weight(shape, factors, device):
-    """Against fp64, by the error of torch's own formula; and equal to lora_linear, whose weight is that."""
+    """Against the formula in fp64, by the error of torch's own; and equal to lora_linear over that weight, but where
+    csrc/nf4 takes few rows: it never rounds value * absmax."""
     for dtype in dtypes(device):
         kind = dtype if factors == "same" else factors
         x, q, a, b, bias, dy = problem(*shape, dtype, kind, device)
-        w = q.dequantize(dtype)
+        w, unrounded = q.dequantize(dtype), q.dequantize(FP32)
 
         def ours(x, a, b, bias, q=q):
             return fastlora.qlora_linear(x, q, a, b, 0.5, bias)
@@ -53,17 +54,21 @@ def test_it_is_lora_linear_over_the_dequantised_weight(shape, factors, device):
         def same(x, a, b, bias, w=w):
             return fastlora.lora_linear(x, w, a, b, 0.5, bias)
 
-        def plain(x, a, b, bias, w=w):
-            return reference.lora_linear(x, w.to(x.dtype), a, b, 0.5, bias)
+        def plain(x, a, b, bias, w=w, unrounded=unrounded):
+            weight = unrounded.double() if x.dtype == torch.float64 else w
+            return reference.lora_linear(x, weight, a, b, 0.5, bias)
 
         leaves = (x, a, b, bias)
-        got, alike = gradients(ours, leaves, dy), gradients(same, leaves, dy)
+        fastlora.reset_launches()
+        got = gradients(ours, leaves, dy)
+        few = ("nf4_linear", "cuda") in fastlora.launches()
+        alike = gradients(same, leaves, dy)
         naive = gradients(plain, leaves, dy)
         true = gradients(plain, [t.double() for t in leaves], dy.double())
         for name, value, other, theirs, truth in zip(
             ("y", "dX", "dA", "dB", "dbias"), got, alike, naive, true, strict=True
         ):
-            assert torch.equal(value, other), (name, dtype)
+            assert few or torch.equal(value, other), (name, dtype)
             if value.numel() and shape[0]:
                 assert_accurate(name, value, theirs, truth)
 
@@ -142,7 +147,8 @@ def test_autocast_decides_the_dtype(device):
     with torch.autocast(device.type, BF16):
         y = fastlora.qlora_linear(x, q, a, b, 0.5, bias)
         same = fastlora.lora_linear(x, q.dequantize(BF16), a, b, 0.5, bias)
-    assert y.dtype == BF16 and torch.equal(y, same)
+    assert y.dtype == BF16
+    assert (y - same).norm() < 6e-3 * same.norm()
 
 
 def test_compiled_whole(device):
