@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import InputError
 
-METHODS = ("lora", "rslora")
+METHODS = ("lora", "rslora", "qlora")
 LOSS_ON = ("answer", "all")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", "cuda", "triton", "torch")

@@ -102,8 +102,10 @@ def _run(
         f"{config.method} r={config.r} alpha={config.alpha:g} on {config.target_modules}"
     )
     _seed(config.seed)
-    model = base.load_model(config.model, dtype, device)
-    lm = base.CausalLM(_adapt(model, config, data), model)
+    # What is quantised is loaded on the CPU: in full precision it need not fit on the GPU.
+    first = torch.device("cpu") if config.method == "qlora" else device
+    model = base.load_model(config.model, dtype, first)
+    lm = base.CausalLM(_adapt(model, config, data, device), model)
     if data.shares_blocks and not base.keeps_documents_apart(lm, device):
         display.warn(
             f"{type(model).__name__} lets the documents packed into a block see those before them; "
@@ -113,8 +115,8 @@ def _run(
     return Session(config, device, dtype, display, out, tokenizer, data, lm).go(resume)
 
 
-def _adapt(model: Any, config: FinetuneConfig, data: Data) -> PeftModel:
-    """Check that data and options fit the model, and add the adapter."""
+def _adapt(model: Any, config: FinetuneConfig, data: Data, device: torch.device) -> PeftModel:
+    """Check that data and options fit the model, and add the adapter, on ``device``."""
     name = type(model).__name__
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     if data.largest_id >= vocabulary:
@@ -141,10 +143,11 @@ def _adapt(model: Any, config: FinetuneConfig, data: Data) -> PeftModel:
             lora_dropout=config.dropout,
             target_modules=_target_modules(config.target_modules, model),
             use_rslora=config.method == "rslora",
+            quantize="nf4" if config.method == "qlora" else None,
             task_type="CAUSAL_LM",
             base_model_name_or_path=str(Path(config.model).resolve()),
         )
-        adapted = get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora, device=device)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"the adapter cannot be added to {config.model}: {error}") from error
     for parameter in adapted.parameters():

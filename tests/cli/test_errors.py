@@ -59,7 +59,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
         (["--lr", "nan"], {}, "--learning-rate nan must be a positive number"),
         (["--dropout", 1.5], {}, "--dropout 1.5 is not in 0..0.999"),
         (["--r", 0], {}, "--r 0 is not in 1..512"),
-        (["--method", "magic"], {}, "--method 'magic' is not one of lora, rslora"),
+        (["--method", "magic"], {}, "--method 'magic' is not one of lora, rslora, qlora"),
         (["--device", "cuda:99"], {}, "--device 'cuda:99' cannot be used here"),
         (["--eval-fraction", 0], {}, "--eval-fraction 0 leaves nothing held out"),
         (["--eval-data", tmp_path / "gone.txt"], {}, "--eval-data"),

@@ -234,6 +234,18 @@ def test_bfloat16_base_keeps_fp32_adapters(finetune_cli: Any, tmp_path: Path) ->
     assert json.loads((tmp_path / "run/summary.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_qlora_trains_over_a_base_in_four_bits(finetune_cli: Any, tmp_path: Path) -> None:
+    import fastlora
+
+    fastlora.reset_launches()
+    assert finetune_cli("--max-steps", 3, "--method", "qlora").exit_code == 0
+    ran = {op for op, _ in fastlora.launches()}
+    assert {"quantize", "dequantize"} <= ran
+    assert finetune_cli("--max-steps", 5, "--method", "qlora", "--resume").exit_code == 0
+    config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and "quantize" not in config  # any base takes it
+
+
 def test_rslora_is_recorded(finetune_cli: Any, tmp_path: Path) -> None:
     assert finetune_cli("--max-steps", 1, "--method", "rslora").exit_code == 0
     assert (
