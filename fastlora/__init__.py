@@ -26,6 +26,7 @@ _EXPORTS = {
     "PeftModel": "models",
     "get_peft_model": "models",
     "accelerate": "models",
+    "load_quantized": "models",
     "restore": "models",
     "acceleration_report": "models",
     "save_adapter": "io",
@@ -39,7 +40,14 @@ if TYPE_CHECKING:
     from .io import load_adapter, save_adapter
     from .layers import LoRALinear, QLoRALinear
     from .methods import LoraConfig
-    from .models import PeftModel, accelerate, acceleration_report, get_peft_model, restore
+    from .models import (
+        PeftModel,
+        accelerate,
+        acceleration_report,
+        get_peft_model,
+        load_quantized,
+        restore,
+    )
     from .ops import backend, explain
     from .quant import NF4Tensor
 
@@ -58,6 +66,7 @@ __all__ = [
     "get_peft_model",
     "launches",
     "load_adapter",
+    "load_quantized",
     "lora_linear",
     "qlora_linear",
     "reset_launches",

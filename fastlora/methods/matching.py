@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ..layers import QLoRALinear
 from .lora import LoraConfig
 
 Number = TypeVar("Number", int, float)
@@ -164,7 +165,7 @@ def _is_linear(module: nn.Module) -> bool:
     conv1d = type(module).__name__ == "Conv1D" and type(module).__module__.startswith(
         "transformers."
     )
-    return isinstance(module, nn.Linear) or conv1d
+    return isinstance(module, (nn.Linear, QLoRALinear)) or conv1d
 
 
 def _output_module(config: LoraConfig, model: nn.Module) -> nn.Module | None:

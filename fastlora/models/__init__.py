@@ -3,5 +3,13 @@
 from .adopt import accelerate, acceleration_report, restore
 from .inject import get_peft_model
 from .peft_model import PeftModel
+from .quantized import load_quantized
 
-__all__ = ["PeftModel", "accelerate", "acceleration_report", "get_peft_model", "restore"]
+__all__ = [
+    "PeftModel",
+    "accelerate",
+    "acceleration_report",
+    "get_peft_model",
+    "load_quantized",
+    "restore",
+]

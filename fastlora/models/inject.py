@@ -251,6 +251,9 @@ class Injection:
             "adapter_name": self.adapter_name,
         }
         try:
+            if isinstance(module, QLoRALinear):  # without an adapter, or the model was refused
+                settings["adapter_dtype"] = None if self._widen else module.weight.dtype
+                return QLoRALinear.from_quantized(module.weight, module.bias, **settings)
             if name in self._quantized:
                 return self._in_nf4(module, **settings)
             if is_plain_linear(module):
@@ -401,13 +404,16 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
     if isinstance(model, PeftModel) or any(
-        isinstance(m, (LoRALayer, TrainableCopy)) for m in model.modules()
+        isinstance(m, TrainableCopy) or (isinstance(m, LoRALayer) and m.r) for m in model.modules()
     ):
         raise ValueError("model: has fastlora adapters already; start from the base model")
     if sys.modules.get("peft") is not None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        theirs = (
+            m for m in model.modules() if not isinstance(m, LoRALayer)
+        )  # hf.py registers ours
+        if any(isinstance(m, BaseTunerLayer) for m in theirs):
             raise ValueError(
                 "model: has PEFT adapters already; fastlora.accelerate(model) makes those fast"
             )

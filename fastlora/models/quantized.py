@@ -1,0 +1,127 @@
+"""``load_quantized``: a causal language model that transformers saved in bitsandbytes' 4 bits, without bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..layers import QLoRALinear
+from ..quant.checkpoint import keys_of, quantized_names, read_weight
+
+
+def load_quantized(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """A transformers causal language model from a folder of a pre-quantised checkpoint.
+
+    Its 4-bit linears become ``fastlora.QLoRALinear`` without an adapter; ``fastlora.get_peft_model`` puts adapters over
+    them, sharing their memory. Everything else has the checkpoint's dtype. All of it is frozen.
+
+    Args:
+        directory: config.json and safetensors, as transformers' ``save_pretrained`` writes them with load_in_4bit.
+        device: where the tensors are read to, one by one.
+
+    Raises:
+        FileNotFoundError: there is no config.json, or a file that the index names is missing.
+        ValueError: the checkpoint is not quantised, damaged, or does not belong to the model.
+        ImportError: transformers or accelerate is not installed.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(directory)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json there; give the folder of a checkpoint")
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    how = getattr(config, "quantization_config", None)
+    how = how if isinstance(how, dict) or how is None else how.to_dict()
+    if not how or how.get("quant_method") != "bitsandbytes" or not how.get("load_in_4bit"):
+        raise ValueError(
+            f"{folder}: its config.json has no bitsandbytes 4-bit quantization_config; load it with transformers and use "
+            "LoraConfig(quantize='nf4')"
+        )
+    del config.quantization_config
+    with ExitStack() as stack:
+        where = _open(folder, stack, device)
+        kinds = quantized_names(where)
+
+        def get(key: str) -> Tensor | None:
+            return where[key](key) if key in where else None
+
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(config)
+        _place(model, get, kinds)
+        rest = set(where) - {key for name, kind in kinds.items() for key in keys_of(name, kind)}
+        _fill(model, get, rest - {f"{name}.bias" for name in kinds}, folder)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _open(folder: Path, stack: ExitStack, device: torch.device | str) -> dict[str, Callable[[str], Tensor]]:  # fmt: skip
+    """Key -> what reads it."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: is no index of safetensors ({error})") from None
+    where: dict[str, Callable[[str], Tensor]] = {}
+    for name in names:
+        path = folder / str(name)
+        if path.parent != folder or not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; the checkpoint is incomplete")
+        try:
+            file = stack.enter_context(safe_open(path, "pt", device=str(device)))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is no whole safetensors file ({error})") from None
+        where |= dict.fromkeys(file.keys(), file.get_tensor)
+    return where
+
+
+def _place(model: nn.Module, get: Callable[[str], Tensor | None], kinds: dict[str, str]) -> None:
+    """A QLoRALinear for every 4-bit weight."""
+    modules = dict(model.named_modules())
+    for name, kind in kinds.items():
+        linear = modules.get(name)
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"{name}.weight: the model has no nn.Linear of that name")
+        weight = read_weight(get, name, kind)
+        if weight.shape != (linear.out_features, linear.in_features):
+            raise ValueError(
+                f"{name}.weight: has shape {tuple(weight.shape)}, the model's is "
+                f"{(linear.out_features, linear.in_features)}"
+            )
+        bias = get(f"{name}.bias")
+        if (bias is None) != (linear.bias is None):
+            raise ValueError(f"{name}.bias: {'missing' if bias is None else 'the model has none'}")
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, QLoRALinear.from_quantized(weight, bias, r=None))
+
+
+def _fill(model: Any, get: Callable[[str], Tensor | None], keys: set[str], folder: Path) -> None:
+    """Everything else, as it is in the checkpoint."""
+    state = {key: tensor for key in keys if (tensor := get(key)) is not None}
+    quantized = {name for name, m in model.named_modules() if isinstance(m, QLoRALinear)}
+    result = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [
+        key
+        for key in result.missing_keys
+        if not any(key.startswith(f"{name}.") for name in quantized) and _is_meta(model, key)
+    ]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{folder}: does not belong to a {type(model).__name__}: missing {missing[:5]}, unexpected "
+            f"{result.unexpected_keys[:5]}"
+        )
+
+
+def _is_meta(model: nn.Module, key: str) -> bool:
+    """Whether the parameter under ``key`` is still without data (tied ones got it from another)."""
+    parent, _, name = key.rpartition(".")
+    return bool(getattr(model.get_submodule(parent), name).is_meta)
