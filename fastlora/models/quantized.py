@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..layers import QLoRALinear
-from ..quant.checkpoint import keys_of, quantized_names, read_weight
+from ..quant.checkpoint import keys_of, open_checkpoint, quantized_names, read_weight
 
 
 def load_quantized(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -47,7 +45,7 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
         )
     del config.quantization_config
     with ExitStack() as stack:
-        where = _open(folder, stack, device)
+        where = open_checkpoint(folder, stack, device)
         kinds = quantized_names(where)
 
         def get(key: str) -> Tensor | None:
@@ -59,28 +57,6 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
         rest = set(where) - {key for name, kind in kinds.items() for key in keys_of(name, kind)}
         _fill(model, get, rest - {f"{name}.bias" for name in kinds}, folder)
     return model.requires_grad_(False).eval().to(device)
-
-
-def _open(folder: Path, stack: ExitStack, device: torch.device | str) -> dict[str, Callable[[str], Tensor]]:  # fmt: skip
-    """Key -> what reads it."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index}: is no index of safetensors ({error})") from None
-    where: dict[str, Callable[[str], Tensor]] = {}
-    for name in names:
-        path = folder / str(name)
-        if path.parent != folder or not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; the checkpoint is incomplete")
-        try:
-            file = stack.enter_context(safe_open(path, "pt", device=str(device)))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: is no whole safetensors file ({error})") from None
-        where |= dict.fromkeys(file.keys(), file.get_tensor)
-    return where
 
 
 def _place(model: nn.Module, get: Callable[[str], Tensor | None], kinds: dict[str, str]) -> None:

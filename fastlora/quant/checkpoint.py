@@ -14,9 +14,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import reference
@@ -121,3 +124,59 @@ def _parse(key: str, tensor: Tensor) -> dict[str, Any]:
             raise wrong(f"nested_blocksize and nested_offset are {nested!r} and {offset!r}")
         checked |= {"nested_blocksize": nested, "nested_offset": float(offset)}
     return checked
+
+
+def write_weight(name: str, weight: NF4Tensor) -> dict[str, Tensor]:
+    """The tensors of module ``name``'s 4-bit weight under their keys, on the CPU: what ``read_weight`` reads."""
+    scales = [t.detach().cpu().view(-1) for t in weight.scales]
+    floats = [t.view(torch.float32) if t.dtype == torch.int32 else t for t in scales]
+    kind = weight.quant_type
+    state: dict[str, Any] = {
+        "quant_type": kind,
+        "blocksize": weight.block_size,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    tensors = {
+        f"{name}.weight": weight.codes.detach().cpu().view(-1, 1),
+        f"{name}.weight.absmax": floats[0],
+        f"{name}.weight.quant_map": reference.code_values(kind == "fp4"),
+    }
+    if weight.nested_block_size:
+        state |= {
+            "nested_blocksize": weight.nested_block_size,
+            "nested_dtype": "float32",
+            "nested_offset": float(floats[3]),
+        }
+        tensors[f"{name}.weight.nested_absmax"] = floats[1]
+        tensors[f"{name}.weight.nested_quant_map"] = floats[2]
+    text = json.dumps(state).encode()
+    tensors[f"{name}{_STATE}{kind}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return tensors
+
+
+def open_checkpoint(folder: Path, stack: ExitStack, device: torch.device | str) -> dict[str, Callable[[str], Tensor]]:  # fmt: skip
+    """Key -> what reads the tensor under it, while ``stack`` is open, of a folder in transformers' layout.
+
+    Raises:
+        FileNotFoundError: a file that the index names is missing, or lies elsewhere.
+        ValueError: the index or a file is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: is no index of safetensors ({error})") from None
+    where: dict[str, Callable[[str], Tensor]] = {}
+    for name in names:
+        path = folder / str(name)
+        if path.parent != folder or not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; the checkpoint is incomplete")
+        try:
+            file = stack.enter_context(safe_open(path, "pt", device=str(device)))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is no whole safetensors file ({error})") from None
+        where |= dict.fromkeys(file.keys(), file.get_tensor)
+    return where

@@ -25,7 +25,7 @@ def dynamic_map() -> Tensor:
 
 def quantize_scales(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """absmax fp32 -> (codes uint8, nested_absmax [ceil(n / block_size)], code [256], offset [1]), the last three fp32."""
-    code = dynamic_map().to(absmax.device)
+    code = dynamic_map().to(absmax.device, copy=True)  # one of its own: it may be loaded into
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     codes, nested_absmax = ops.quantize_scales(absmax - offset, code, block_size)
     return codes, nested_absmax, code, offset.reshape(1)

@@ -214,6 +214,14 @@ def test_state_dict_round_trips(double_quant):
         NF4Tensor.empty((96, 128), BF16, double_quant=double_quant).load_state_dict(tensor.state_dict())  # fmt: skip
 
 
+def test_no_two_weights_share_memory():
+    one, other = made(), made()
+    assert not {t.data_ptr() for t in one.parameters()} & {t.data_ptr() for t in other.parameters()}
+    with torch.no_grad():
+        one.nested_code.zero_()
+    assert torch.equal(made().nested_code, other.nested_code) and other.nested_code.any()
+
+
 def test_meta_then_materialised():
     tensor = NF4Tensor.empty((96, 256), BF16, device="meta")
     assert all(p.is_meta for p in tensor.parameters())

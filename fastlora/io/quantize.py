@@ -1,0 +1,143 @@
+"""``quantize_checkpoint``: a model's folder in bitsandbytes' 4 bits, written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..methods import LoraConfig
+from ..methods.matching import quantizable
+from ..quant import NF4Tensor
+from ..quant.checkpoint import open_checkpoint, write_weight
+from .checkpoint import replacing_directory
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+_SHARD_BYTES = 4 << 30
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    block_size: int = 64,
+    double_quant: bool = True,
+    device: torch.device | str = "cpu",
+    shard_bytes: int = _SHARD_BYTES,
+    progress: Callable[[str], object] = lambda name: None,
+) -> list[str]:
+    """Write the transformers causal language model in ``source`` to ``target`` with its linears in NF4.
+
+    Every nn.Linear but the output layer is quantised, one at a time; the rest is copied as it is, tokenizer and all. What
+    comes out is a pre-quantised checkpoint: transformers with bitsandbytes loads it, and ``fastlora.load_quantized``.
+
+    Args:
+        source: folder with config.json and safetensors.
+        target: folder to write. It appears whole or not at all, in place of one that is there.
+        block_size, double_quant: see ``NF4Tensor.quantize``.
+        device: where a weight is quantised.
+        shard_bytes: about how large a file may become.
+        progress: is told the name of every module quantised.
+
+    Returns:
+        The names of the modules quantised.
+
+    Raises:
+        FileNotFoundError: ``source`` is incomplete.
+        ValueError: it is quantised already, damaged, or has no linear to quantise.
+        ImportError: transformers is not installed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, target = Path(source), Path(target)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source}: no config.json there; give the folder of a model")
+    raw: dict[str, Any] = json.loads((source / "config.json").read_text())
+    if raw.get("quantization_config"):
+        raise ValueError(f"{source}: is quantised already; give the original")
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    with torch.device("meta"):
+        linears = quantizable(LoraConfig(), AutoModelForCausalLM.from_config(config))
+    with ExitStack() as stack:
+        where = open_checkpoint(source, stack, device)
+        names = [name for name in linears if f"{name}.weight" in where]
+        if not names:
+            raise ValueError(f"{source}: has none of the model's linears; are its keys others?")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_directory(target) as folder:
+            shards = _Shards(folder, shard_bytes)
+            for key, read in where.items():
+                name = key.removesuffix(".weight")
+                if key.endswith(".weight") and name in names:
+                    weight = NF4Tensor.quantize(read(key), block_size, double_quant)
+                    shards.add(write_weight(name, weight))
+                    progress(name)
+                else:
+                    shards.add({key: read(key).cpu()})
+            shards.finish()
+            raw["quantization_config"] = _how(config, double_quant)
+            (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+            for path in source.iterdir():
+                weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+                if path.is_file() and not weights and path.name != "config.json":
+                    shutil.copyfile(path, folder / path.name)
+    return names
+
+
+def _how(config: Any, double_quant: bool) -> dict[str, Any]:
+    """The ``quantization_config`` by which transformers knows such a checkpoint."""
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+class _Shards:
+    """Files of at most about ``most`` bytes, and their index if they are several."""
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self._folder, self._most = folder, most
+        self._now: dict[str, Tensor] = {}
+        self._files: list[list[str]] = []
+        self._bytes = self._total = 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        size = sum(t.nbytes for t in tensors.values())
+        if self._now and self._bytes + size > self._most:
+            self._write()
+        self._now |= tensors
+        self._bytes += size
+        self._total += size
+
+    def _write(self) -> None:
+        contiguous = {key: t.contiguous() for key, t in self._now.items()}
+        save_file(contiguous, self._folder / f"{len(self._files)}.part", {"format": "pt"})
+        self._files.append(list(self._now))
+        self._now, self._bytes = {}, 0
+
+    def finish(self) -> None:
+        self._write()
+        count = len(self._files)
+        weight_map: dict[str, str] = {}
+        for i, keys in enumerate(self._files):
+            name = (
+                f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+            )
+            (self._folder / f"{i}.part").rename(self._folder / name)
+            weight_map |= dict.fromkeys(keys, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2) + "\n"
+            (self._folder / "model.safetensors.index.json").write_text(text)
