@@ -103,7 +103,8 @@ __device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* fro
   }
 }
 
-// Two roundings, as bitsandbytes has them.
+// A block's scale as it is loaded, a block ahead; it is made where it is used, in two roundings as
+// in bitsandbytes.
 struct Scale {
   float absmax;  // or nested_absmax, of
   uint32_t code;

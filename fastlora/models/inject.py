@@ -63,8 +63,12 @@ def get_peft_model(
     """
     injection = Injection(model, config, adapter_name, autocast_adapter_dtype, device)
     injection.apply()
-    if device is not None:
-        model.to(device)
+    try:
+        if device is not None:
+            model.to(device)
+    except BaseException:  # no memory there, say
+        injection.undo()
+        raise
     return injection.wrap()
 
 

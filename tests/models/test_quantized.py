@@ -130,6 +130,19 @@ def test_tied_and_shared_weights_stay_floats():
     assert isinstance(inner["c"], QLoRALinear)
 
 
+def test_a_device_without_room_leaves_the_model_as_it_was(monkeypatch):
+    base = tiny_llama()
+    before = [(name, id(module)) for name, module in base.named_modules()]
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(base), "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        own(base, "cpu")
+    assert [(name, id(module)) for name, module in base.named_modules()] == before
+
+
 def test_an_error_leaves_the_model_as_it_was():
     base = tiny_llama()
     before = list(base.named_modules())
