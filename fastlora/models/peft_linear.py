@@ -149,8 +149,7 @@ _wraps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _wrapped(param: Any) -> NF4Tensor:
     """A Params4bit as an NF4Tensor over its memory: made once, and again where that has moved."""
-    state = param.quant_state
-    memory = (param.data_ptr(), state.absmax.data_ptr(), id(state))
+    memory = _memory(param)
     known = _wraps.get(param)
     if known is None or known[0] != memory:
         known = memory, NF4Tensor.from_bitsandbytes(param)
@@ -159,12 +158,19 @@ def _wrapped(param: Any) -> NF4Tensor:
     return tensor
 
 
+def _memory(param: Any) -> tuple[int, int, int]:
+    """Where a Params4bit keeps its codes and scales: its CPU kernels replace both, in one state."""
+    state = param.quant_state
+    return param.data_ptr(), state.absmax.data_ptr(), id(state)
+
+
 def _base4bit_obstacle(base: Any) -> str | None:
     param = base._parameters["weight"]
     if type(base).__name__ != "Linear4bit" or not hasattr(param, "quant_state"):
         return f"its base is a {type(base).__name__} over a {type(param).__name__}"
     known = _wraps.get(param)
-    if known is not None and known[0][2] == id(param.quant_state):
+    repacked = getattr(param.quant_state, "packing_format_for_cpu", False)
+    if known is not None and not repacked and known[0] == _memory(param):
         return None  # asked at every forward, and a look at its code costs a synchronisation
     reason = bnb.obstacle(param)
     return None if reason is None else f"the base weight {reason}"

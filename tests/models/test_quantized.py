@@ -195,6 +195,23 @@ def test_the_weight_is_read_where_bitsandbytes_keeps_it(device):
     assert not torch.equal(before, after)
 
 
+def test_a_weight_repacked_in_between_runs_bitsandbytes_own_way(device):
+    """With adapters off, eval on a CPU with AVX-512 bf16 lets bitsandbytes repack; then nothing else reads it."""
+    model, ids = fastlora.accelerate(stock(device)), some_ids().to(device)
+    with torch.no_grad():
+        before = model(ids).logits  # wrapped by now
+        model.eval()
+        with model.disable_adapter():
+            model(ids)
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+        if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            layer.weight.quant_state.packing_format_for_cpu = True  # what it would have left
+            report = fastlora.acceleration_report(model)
+            assert sum("packed anew" in r.reason for r in report) == 1
+            layer.weight.quant_state.packing_format_for_cpu = False
+        torch.testing.assert_close(model(ids).logits, before, atol=3e-2, rtol=0)  # in bf16
+
+
 def test_another_compute_dtype_runs_bitsandbytes_own_way(device):
     model, ids = stock(device, torch.float32, compute=BF16), some_ids().to(device)
     want, _ = loss_and_grads(model, ids)
