@@ -170,7 +170,7 @@ FP4_CODE = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 
 
 def code_values(fp4: bool = False) -> Tensor:
     """The values of the 16 codes, fp32."""
-    return torch.tensor(FP4_CODE if fp4 else NF4_CODE, dtype=torch.float32)
+    return torch.tensor(FP4_CODE if fp4 else NF4_CODE, dtype=torch.float32, device="cpu")
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:

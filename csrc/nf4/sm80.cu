@@ -372,7 +372,10 @@ void launch(const Nf4Few& p, CUstream_st* stream) {
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = p.rank > 0 && attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  // Only code that was compiled for 9.0 or later waits: PTX of 8.0 may run there as well.
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
+  config.numAttrs = p.rank > 0 && code.ptxVersion >= 90 ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, p, p.fp4 ? kFp4 : kNf4), "nf4_few");
 }
 

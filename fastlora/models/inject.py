@@ -29,6 +29,7 @@ from ..methods.matching import (
     shortest_names,
     unmatched_patterns,
 )
+from ..quant import NF4Tensor
 from .peft_model import PeftModel
 
 _STOCK = "peft.get_peft_model, and fastlora.accelerate(model) on the result"
@@ -62,8 +63,8 @@ def get_peft_model(
             that cannot be adapted. The model is then as it was.
     """
     injection = Injection(model, config, adapter_name, autocast_adapter_dtype, device)
-    injection.apply()
     try:
+        injection.apply()
         if device is not None:
             model.to(device)
     except BaseException:  # no memory there, say
@@ -257,7 +258,8 @@ class Injection:
         try:
             if isinstance(module, QLoRALinear):  # without an adapter, or the model was refused
                 settings["adapter_dtype"] = None if self._widen else module.weight.dtype
-                return QLoRALinear.from_quantized(module.weight, module.bias, **settings)
+                layer = QLoRALinear.from_quantized(module.weight, module.bias, **settings)
+                return layer.train(module.training)
             if name in self._quantized:
                 return self._in_nf4(module, **settings)
             if is_plain_linear(module):
@@ -307,6 +309,10 @@ class Injection:
                 raise ValueError(
                     f"modules_to_save: matches {name!r}, a {kind}, which has no forward of its own "
                     "to train"
+                )
+            if any(isinstance(m, NF4Tensor) for m in module.modules()):
+                raise ValueError(
+                    f"modules_to_save: {name!r} holds 4-bit weights, which cannot be trained whole"
                 )
             if any(name.startswith(other + ".") for other in chosen):
                 raise ValueError(

@@ -72,6 +72,15 @@ def _fast_class(cls: Any) -> Any:
     return _FAST.get(cls)
 
 
+def __getattr__(name: str) -> Any:
+    """The class that is made late is found by its name as well, so that a model can be pickled."""
+    if name == "FastLoraLinear4bit":
+        from peft.tuners.lora import bnb as theirs
+
+        return _fast_class(theirs.Linear4bit)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def adopt(layer: nn.Module) -> None:
     """Give ``layer`` the fast class if its class has one and it could ever be fast."""
     fast = _fast_class(type(layer))
@@ -151,26 +160,32 @@ def _wrapped(param: Any) -> NF4Tensor:
     """A Params4bit as an NF4Tensor over its memory: made once, and again where that has moved."""
     memory = _memory(param)
     known = _wraps.get(param)
-    if known is None or known[0] != memory:
+    if known is None or not _same(known[0], memory):
         known = memory, NF4Tensor.from_bitsandbytes(param)
         _wraps[param] = known
     tensor: NF4Tensor = known[1]
     return tensor
 
 
-def _memory(param: Any) -> tuple[int, int, int]:
+def _memory(param: Any) -> tuple[int, int, Any]:
     """Where a Params4bit keeps its codes and scales: its CPU kernels replace both, in one state."""
     state = param.quant_state
-    return param.data_ptr(), state.absmax.data_ptr(), id(state)
+    return param.data_ptr(), state.absmax.data_ptr(), state
+
+
+def _same(one: tuple[int, int, Any], other: tuple[int, int, Any]) -> bool:
+    return one[:2] == other[:2] and one[2] is other[2]
 
 
 def _base4bit_obstacle(base: Any) -> str | None:
     param = base._parameters["weight"]
     if type(base).__name__ != "Linear4bit" or not hasattr(param, "quant_state"):
         return f"its base is a {type(base).__name__} over a {type(param).__name__}"
-    known = _wraps.get(param)
-    repacked = getattr(param.quant_state, "packing_format_for_cpu", False)
-    if known is not None and not repacked and known[0] == _memory(param):
+    state, known = param.quant_state, _wraps.get(param)
+    if state is not None and 2 * param.numel() * param.element_size() < state.shape.numel():
+        return "the base weight is without its full shape (sharded, or gathered by a hook)"
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    if known is not None and not repacked and _same(known[0], _memory(param)):
         return None  # asked at every forward, and a look at its code costs a synchronisation
     reason = bnb.obstacle(param)
     return None if reason is None else f"the base weight {reason}"

@@ -83,7 +83,10 @@ def _fill(model: Any, get: Callable[[str], Tensor | None], keys: set[str], folde
     """Everything else, as it is in the checkpoint."""
     state = {key: tensor for key in keys if (tensor := get(key)) is not None}
     quantized = {name for name, m in model.named_modules() if isinstance(m, QLoRALinear)}
-    result = model.load_state_dict(state, strict=False, assign=True)
+    try:
+        result = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # a tensor of another shape
+        raise ValueError(f"{folder}: {error}") from error
     model.tie_weights()
     missing = [
         key

@@ -74,7 +74,7 @@ def read_weight(get: Callable[[str], Tensor | None], name: str, kind: str) -> NF
     values = want(map_key)
     if not torch.equal(values.float().cpu(), reference.code_values(kind == "fp4")):
         raise ValueError(f"{map_key}: holds a code of its own; read is {kind}'s")
-    codes = want(f"{name}.weight").contiguous().view(torch.uint8).view(-1)
+    codes = want(f"{name}.weight").contiguous().view(-1).view(torch.uint8)
     scales: tuple[Tensor, ...] = (want(f"{name}.weight.absmax").view(-1),)
     nested = 0
     if "nested_offset" in state:
@@ -112,7 +112,7 @@ def _parse(key: str, tensor: Tensor) -> dict[str, Any]:
         or not all(type(size) is int and 0 < size < 2**31 for size in shape)
     ):
         raise wrong(f"shape is {shape!r}, expected [N, K]")
-    if state.get("dtype") not in _DTYPES:
+    if not isinstance(state.get("dtype"), str) or state["dtype"] not in _DTYPES:
         raise wrong(f"dtype is {state.get('dtype')!r}, expected one of {', '.join(_DTYPES)}")
     checked = {"shape": tuple(shape), "dtype": _DTYPES[state["dtype"]]}
     checked["blocksize"] = state.get("blocksize")
@@ -122,6 +122,8 @@ def _parse(key: str, tensor: Tensor) -> dict[str, Any]:
         offset, nested = state.get("nested_offset"), state.get("nested_blocksize")
         if type(nested) is not int or not isinstance(offset, (int, float)) or isinstance(offset, bool):  # fmt: skip
             raise wrong(f"nested_blocksize and nested_offset are {nested!r} and {offset!r}")
+        if not abs(offset) <= 3.4e38:
+            raise wrong(f"nested_offset is {offset!r}, beyond float32")
         checked |= {"nested_blocksize": nested, "nested_offset": float(offset)}
     return checked
 
@@ -151,7 +153,7 @@ def write_weight(name: str, weight: NF4Tensor) -> dict[str, Tensor]:
         tensors[f"{name}.weight.nested_absmax"] = floats[1]
         tensors[f"{name}.weight.nested_quant_map"] = floats[2]
     text = json.dumps(state).encode()
-    tensors[f"{name}{_STATE}{kind}"] = torch.tensor(list(text), dtype=torch.uint8)
+    tensors[f"{name}{_STATE}{kind}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
     return tensors
 
 
@@ -167,7 +169,7 @@ def open_checkpoint(folder: Path, stack: ExitStack, device: torch.device | str) 
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index}: is no index of safetensors ({error})") from None
     where: dict[str, Callable[[str], Tensor]] = {}
     for name in names:

@@ -141,7 +141,7 @@ class NF4Tensor(nn.Module):
         check_block_size(block_size)
         nested = check_nested_block_size(nested_block_size) if double_quant else 0
         weight = weight.detach()
-        if weight.numel() and not math.isfinite(float(torch.stack(torch.aminmax(weight)).sum())):
+        if weight.numel() and not all(map(math.isfinite, map(float, torch.aminmax(weight)))):
             warnings.warn(
                 "weight: holds NaN or infinities; a NaN becomes an ordinary number in 4 bits, an infinity makes its "
                 "block NaN, with double_quant the whole weight. Look for what made them before quantising",

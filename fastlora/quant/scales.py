@@ -16,11 +16,11 @@ def dynamic_map() -> Tensor:
     0.1 and 1 (arXiv 1511.04561; as bitsandbytes' signed map)."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         means = (bounds[:-1] + bounds[1:]) / 2
         sizes = (10.0 ** (exponent - 6) * means).tolist()
         values += sizes + [-size for size in sizes]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def quantize_scales(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -195,6 +195,16 @@ def test_the_weight_is_read_where_bitsandbytes_keeps_it(device):
     assert not torch.equal(before, after)
 
 
+def test_an_accelerated_model_is_pickled(device):
+    import pickle
+
+    model, ids = fastlora.accelerate(stock(device)), some_ids().to(device)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert all(layer.accelerated for layer in fastlora.acceleration_report(again))
+
+
 def test_a_weight_repacked_in_between_runs_bitsandbytes_own_way(device):
     """With adapters off, eval on a CPU with AVX-512 bf16 lets bitsandbytes repack; then nothing else reads it."""
     model, ids = fastlora.accelerate(stock(device)), some_ids().to(device)
@@ -301,6 +311,18 @@ def test_a_prequantized_checkpoint_is_read_as_it_is(settings, tmp_path, device):
     assert loss.isfinite() and len(grads) == 4
 
 
+def test_adapters_over_a_read_checkpoint_rest_in_eval_and_leave_four_bits(tmp_path):
+    saved(tmp_path)
+    ours = fastlora.load_quantized(tmp_path / "quantized")
+    before = list(ours.named_modules())
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["0.mlp"])
+    with pytest.raises(ValueError, match="4-bit weights, which cannot be trained whole"):
+        fastlora.get_peft_model(ours, config)
+    assert list(ours.named_modules()) == before
+    model = fastlora.get_peft_model(ours, LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+    assert not any(module.training for module in model.modules())
+
+
 def test_it_is_read_without_bitsandbytes(tmp_path):
     import subprocess
     import sys
@@ -359,6 +381,11 @@ def with_state(**values):
         (with_state(shape=[2**40, 2**40]), "shape is"),
         (with_state(shape=[64, 128]), "has shape"),
         (with_state(dtype="int8"), "dtype is 'int8'"),
+        (with_state(dtype=[]), "dtype is"),
+        (with_state(nested_offset=10**400), "beyond float32"),
+        (with_state(nested_offset=float("nan")), "beyond float32"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "size mismatch"),
+        (lambda t: t.update({WEIGHT: torch.tensor(1.0)}), "codes: got"),
         (with_state(blocksize=48), "block_size: got 48"),
         (with_state(blocksize="64"), "blocksize is '64'"),
         (with_state(nested_blocksize=0), "nested"),

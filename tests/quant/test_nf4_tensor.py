@@ -84,6 +84,16 @@ def test_bitsandbytes_memory_is_shared_both_ways(quant_type, double_quant, stora
     assert torch.equal(bnb.functional.dequantize_4bit(back.data, again), expected)
 
 
+def test_the_default_device_does_not_matter():
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(4, 64)
+    param = bnb.nn.Params4bit(weight, quant_type="nf4")._quantize("cpu")
+    expected = NF4Tensor.quantize(weight).dequantize()
+    with torch.device("meta"):
+        assert torch.equal(NF4Tensor.from_bitsandbytes(param).dequantize(), expected)
+        assert torch.equal(NF4Tensor.quantize(weight).dequantize(), expected)
+
+
 def test_what_is_not_bitsandbytes_is_refused_by_name():
     bnb = pytest.importorskip("bitsandbytes")
     with pytest.raises(TypeError, match="param: got Parameter"):
@@ -125,6 +135,11 @@ def test_a_weight_that_is_not_finite_warns():
         weight[1, 2] = value
         with pytest.warns(UserWarning, match="NaN or infinities"):
             NF4Tensor.quantize(weight)
+
+
+def test_a_large_weight_is_no_infinity(recwarn):
+    NF4Tensor.quantize(torch.full((4, 64), 4e4, dtype=FP16))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
