@@ -58,6 +58,7 @@ test: $(DEV_READY)  ## the test suite, on a GPU where there is one
 bench: $(RUN_READY)  ## the benchmarks; results are for GPUs
 	$(PY) -m benchmarks.bench_linear $(BENCH_ARGS)
 	$(PY) -m benchmarks.bench_kernels
+	$(PY) -m benchmarks.bench_qlora
 
 lint: $(DEV_READY)  ## formatting, style, types, layering
 	$(PY) -m ruff check .

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._autocast import autocast_dtype
 from ..functional import lora_linear
 from .base import LoRALayer
+from .fused import FusedLayer, refuse_dora
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class LoRALinear(LoRALayer):
+class LoRALinear(FusedLayer):
     """``y = x W^T + bias + scaling * dropout(x) A^T B^T``, W [N, K] frozen (arXiv 2106.09685).
 
     ``weight`` and ``bias`` keep the names of nn.Linear, so a base checkpoint loads with
@@ -131,37 +131,10 @@ class LoRALinear(LoRALayer):
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # it reads weight and bias alone
         self.reset_adapters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]; see ``fastlora.lora_linear`` for dtypes and errors."""
-        names = self._acting()
-        if len(names) == 1 and fused_dtype(x, self.lora_A[names[0]]):
-            name = names[0]
-            return lora_linear(
-                x,
-                self.weight,
-                self.lora_A[name],
-                self.lora_B[name],
-                self.scaling[name],
-                self.bias,
-                self.lora_dropout[name],
-                self.training,
-            )
-        y = F.linear(x, self.weight, self.bias)
-        return self._add_updates(y, x, names) if names else y
+    def _product(
+        self, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout_p: float
+    ) -> Tensor:
+        return lora_linear(x, self.weight, a, b, scaling, self.bias, dropout_p, self.training)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bias={self.bias is not None}"
-
-
-def fused_dtype(x: Tensor, a: Tensor) -> bool:
-    """Adapters below x's precision (cast to bf16 in an fp32 model) go through plain torch."""
-    return a.dtype == torch.float32 or a.dtype == x.dtype or autocast_dtype(x.device) is not None
-
-
-def refuse_dora(use_dora: bool) -> None:
-    """NotImplementedError if ``use_dora``."""
-    if use_dora:
-        raise NotImplementedError(
-            "use_dora: got True; DoRA is not there yet. Use peft.LoraConfig(use_dora=True) with "
-            "peft.get_peft_model (fastlora.accelerate then speeds up the model's plain LoRA layers)"
-        )
+    def _base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ..functional import qlora_linear
 from ..quant import NF4Tensor
 from .base import LoRALayer
-from .linear import fused_dtype, refuse_dora
+from .fused import FusedLayer, refuse_dora
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class QLoRALinear(LoRALayer):
+class QLoRALinear(FusedLayer):
     """``y = x W^T + bias + scaling * dropout(x) A^T B^T``, W [N, K] in 4 bits and frozen (QLoRA, arXiv 2305.14314).
 
     ``weight`` is an ``NF4Tensor``: its state_dict keys are ``weight.codes``, ``weight.absmax``, ... and no cast changes
@@ -159,27 +159,14 @@ class QLoRALinear(LoRALayer):
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]; see ``fastlora.qlora_linear`` for dtypes and errors."""
-        names = self._acting()
-        if len(names) == 1 and fused_dtype(x, self.lora_A[names[0]]):
-            name = names[0]
-            return qlora_linear(
-                x,
-                self.weight,
-                self.lora_A[name],
-                self.lora_B[name],
-                self.scaling[name],
-                self.bias,
-                self.lora_dropout[name],
-                self.training,
-            )
-        nothing = x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0)
-        y = qlora_linear(x, self.weight, *nothing, bias=self.bias)
-        return self._add_updates(y, x, names) if names else y
+    def _product(
+        self, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout_p: float
+    ) -> Tensor:
+        return qlora_linear(x, self.weight, a, b, scaling, self.bias, dropout_p, self.training)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bias={self.bias is not None}"
+    def _base(self, x: Tensor) -> Tensor:
+        nothing = x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0)
+        return qlora_linear(x, self.weight, *nothing, bias=self.bias)
 
 
 def _quantized(

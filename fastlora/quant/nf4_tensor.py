@@ -205,10 +205,6 @@ class NF4Tensor(nn.Module):
         """The weight [N, K] in ``dtype`` (its own): value * absmax in fp32, rounded once, as in bitsandbytes."""
         return ops.dequantize(self.codes, self.scales, self.form, dtype or self.dtype)
 
-    def forward(self) -> Tensor:
-        """``dequantize()``."""
-        return self.dequantize()
-
     @classmethod
     def from_bitsandbytes(cls, param: Any) -> Self:
         """Over the memory of a quantised ``bitsandbytes.nn.Params4bit``: no copy. See ``bitsandbytes.wrap``."""
