@@ -35,7 +35,7 @@ class Status:
     reason: str
 
 
-ABI = 6  # what the library's ops take and mean; CMakeLists.txt has the same number
+ABI = 7  # what the library's ops take and mean; CMakeLists.txt has the same number
 
 _lock = threading.Lock()
 _status: Status | None = None
@@ -158,7 +158,8 @@ def _load() -> Status:
     torch.library.register_fake("fastlora::_lora_forward_sm90", _fake_lora_forward)
     torch.library.register_fake("fastlora::_lora_few_sm90", _fake_lora_few)
     torch.library.register_fake("fastlora::_lora_backward_sm90", _fake_lora_backward)
-    torch.library.register_fake("fastlora::_nf4_linear_few", _fake_nf4_linear_few)
+    torch.library.register_fake("fastlora::_nf4_linear_sm80", _fake_nf4_linear)
+    torch.library.register_fake("fastlora::_nf4_linear_sm90", _fake_nf4_linear)
     return Status(True, path, "")
 
 
@@ -238,7 +239,7 @@ def _fake_lora_backward(dy, w, a, b, x, h, *rest):  # type: ignore[no-untyped-de
     )
 
 
-def _fake_nf4_linear_few(x, codes, absmax, nested_absmax, nested_code, offset, n, *rest):  # type: ignore[no-untyped-def]
+def _fake_nf4_linear(x, codes, absmax, nested_absmax, nested_code, offset, n, *rest):  # type: ignore[no-untyped-def]
     a = rest[3]  # block_size, nested_block_size, fp4 first
     h = x.new_empty(0) if a is None else x.new_empty(x.shape[0], a.shape[0])
     return x.new_empty(x.shape[0], n), h

@@ -50,11 +50,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
       "_nf4_dequantize(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, "
       "Tensor? offset, int block_size, int nested_block_size, bool fp4, int begin, Tensor(a!) out) "
       "-> Tensor(a!)");
-  // y [m, n] and h [m, r] (shape [0] without a and b), as _lora_forward_sm90 makes them, of few
-  // rows and up to 16 ranks over a weight [n, k] in 4 bits
+  // y [m, n] and h [m, r] (shape [0] without a), as _lora_forward_sm90 makes them, over a weight
+  // [n, k] in 4 bits: of few rows and up to 16 ranks; of any rows, and any ranks where h is given
   m.def(
-      "_nf4_linear_few(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
+      "_nf4_linear_sm80(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
       "nested_code, Tensor? offset, int n, int block_size, int nested_block_size, bool fp4, "
-      "Tensor? a, "
-      "Tensor? b, Tensor? bias, Tensor? scaling, float scale) -> (Tensor, Tensor)");
+      "Tensor? a, Tensor? b, Tensor? bias, Tensor? scaling, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "_nf4_linear_sm90(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
+      "nested_code, Tensor? offset, int n, int block_size, int nested_block_size, bool fp4, "
+      "Tensor? a, Tensor? b, Tensor? h, Tensor? bias, Tensor? scaling, float scale, int[]? config) "
+      "-> (Tensor, Tensor)");
 }

@@ -1,14 +1,16 @@
-// fastlora::_nf4_quantize, _nf4_quantize_scales, _nf4_dequantize and _nf4_linear_few: checks,
-// allocation, launch.
+// fastlora::_nf4_quantize, _nf4_quantize_scales, _nf4_dequantize, _nf4_linear_sm80 and
+// _nf4_linear_sm90: checks, allocation, launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "bindings/tensors.h"
 #include "host/stream.h"
-#include "nf4/few.h"
+#include "nf4/linear.h"
 #include "nf4/nf4.h"
 
 namespace fastlora {
@@ -160,66 +162,66 @@ Tensor dequantize(const Tensor& codes, const Tensor& absmax, OptionalTensor nest
 }
 
 #ifdef FASTLORA_WITH_SM80
-constexpr auto kFew = "_nf4_linear_few";
-
 bool aligned(const void* data, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;
 }
 
 // A factor [rows, cols] of x's dtype or float32, contiguous.
-const void* factor(const char* name, const Tensor& t, int64_t rows, int64_t cols, const Tensor& x) {
+const void* factor(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t cols,
+                   const Tensor& x) {
   check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.is_contiguous() &&
             (t.scalar_type() == x.scalar_type() || t.scalar_type() == ScalarType::Float) &&
             t.get_device_index() == x.get_device_index(),
-        kFew, ": ", name, " must be a contiguous [", rows, ", ", cols,
+        op, ": ", name, " must be a contiguous [", rows, ", ", cols,
         "] of x's dtype or float32, on x's device");
   return t.const_data_ptr();
 }
 
-// y [m, n] and h [m, rank] (shape [0] without factors) of x [m, k] and a weight [n, k].
-std::tuple<Tensor, Tensor> linear_few(const Tensor& x, const Tensor& codes, const Tensor& absmax,
-                                      OptionalTensor nested_absmax, OptionalTensor nested_code,
-                                      OptionalTensor offset, int64_t n, int64_t block_size,
-                                      int64_t nested_block_size, bool fp4, OptionalTensor a,
-                                      OptionalTensor b, OptionalTensor bias, OptionalTensor scaling,
-                                      double scale) {
+// What both linears take: y [m, n] and h [m, rank] of x [m, k] and a weight [n, k]. Without a, h
+// comes from outside. All but y and h themselves is in the result.
+Nf4Linear linear_of(const char* op, const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                    const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
+                    const OptionalTensor& offset, int64_t n, int64_t block_size,
+                    int64_t nested_block_size, bool fp4, const OptionalTensor& a,
+                    const OptionalTensor& b, const OptionalTensor& bias,
+                    const OptionalTensor& scaling, double scale) {
   check(x.dim() == 2 &&
             (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half),
-        kFew, ": x must be a matrix of bfloat16 or float16");
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  Nf4Few p{};
+        op, ": x must be a matrix of bfloat16 or float16");
+  Nf4Linear p{};
   p.m = x.size(0);
   p.k = x.size(1);
   p.n = n;
   p.half = x.scalar_type() == ScalarType::Half;
-  check(p.m >= 1 && p.m <= kMostFewRows && n >= 1 && p.k >= 64 && p.k % 64 == 0 &&
+  check(p.m >= 1 && p.m < (int64_t{1} << 30) && n >= 1 && p.k >= 64 && p.k % 64 == 0 &&
             n * p.k / 64 < (int64_t{1} << 31),
-        kFew, ": takes 1 to ", kMostFewRows, " rows and multiples of 64 columns, got ", p.m,
-        " and ", p.k);
-  p.x_pitch = pitch_of(kFew, "x", x, p.m, p.k, x);
+        op, ": takes 1 row and more and multiples of 64 columns, got ", p.m, " and ", p.k);
+  p.x_pitch = pitch_of(op, "x", x, p.m, p.k, x);
   p.x = x.const_data_ptr();
   p.block_shift = shift_of("block_size", block_size, 64);
-  check(p.k % block_size == 0, kFew, ": rows must be whole blocks");
+  check(p.k % block_size == 0, op, ": rows must be whole blocks");
   check_flat("codes", codes, ScalarType::Byte, n * p.k / 2, x);
-  check(codes.numel() == n * p.k / 2, kFew, ": codes are of another weight than [", n, ", ", p.k,
+  check(codes.numel() == n * p.k / 2, op, ": codes are of another weight than [", n, ", ", p.k,
         "]");
   p.codes = codes.const_data_ptr<uint8_t>();
   p.fp4 = fp4;
   p.scales = scales_of(codes, absmax, nested_absmax, nested_code, offset, n * p.k / block_size,
                        nested_block_size);
-  check(a.has_value() == b.has_value(), kFew, ": lora_A and lora_B come together");
   if (a.has_value()) {
-    check(a->dim() == 2, kFew, ": lora_A must be a matrix");
+    check(a->dim() == 2 && b.has_value(), op, ": lora_A must be a matrix, and have lora_B");
     p.rank = a->size(0);
-    check(p.rank >= 1 && p.rank <= kMostFewRanks, kFew, ": takes ranks up to ", kMostFewRanks,
-          ", got ", p.rank);
-    p.a = factor("lora_A", *a, p.rank, p.k, x);
-    p.b = factor("lora_B", *b, n, p.rank, x);
+    check(p.rank >= 1 && p.rank <= kMostNf4Ranks, op, ": makes h of up to ", kMostNf4Ranks,
+          " ranks, got ", p.rank);
+    p.a = factor(op, "lora_A", *a, p.rank, p.k, x);
     p.a_float = a->scalar_type() == ScalarType::Float;
+  }
+  if (b.has_value()) {
+    check(b->dim() == 2, op, ": lora_B must be a matrix");
+    if (!a.has_value()) p.rank = b->size(1);
+    p.b = factor(op, "lora_B", *b, n, p.rank, x);
     p.b_float = b->scalar_type() == ScalarType::Float;
   }
-  check(aligned(p.x, 16) && p.x_pitch % 8 == 0 && aligned(p.codes, 16) && aligned(p.a, 16), kFew,
+  check(aligned(p.x, 16) && p.x_pitch % 8 == 0 && aligned(p.codes, 16) && aligned(p.a, 16), op,
         ": x, its rows, codes and lora_A must start at multiples of 16 bytes");
   if (bias.has_value()) {
     check_flat("bias", *bias, x.scalar_type(), n, x);
@@ -230,16 +232,75 @@ std::tuple<Tensor, Tensor> linear_few(const Tensor& x, const Tensor& codes, cons
     check_flat("scaling", *scaling, ScalarType::Float, 1, x);
     p.scaling = scaling->const_data_ptr<float>();
   }
-  const Tensor y = new_empty({p.m, n}, x.scalar_type(), x);
-  const Tensor h = p.rank > 0 ? new_empty({p.m, p.rank}, x.scalar_type(), x)
-                              : new_empty({0}, x.scalar_type(), x);
+  return p;
+}
+
+// y and the h that the kernels make (shape [0] where they make none).
+std::tuple<Tensor, Tensor> outputs(Nf4Linear& p, const Tensor& x) {
+  const Tensor y = new_empty({p.m, p.n}, x.scalar_type(), x);
   p.y = y.mutable_data_ptr();
+  if (p.a == nullptr) return {y, new_empty({0}, x.scalar_type(), x)};
+  const Tensor h = new_empty({p.m, p.rank}, x.scalar_type(), x);
   p.h = h.mutable_data_ptr();
-  nf4_few_cuda(p, current_stream(device));
   return {y, h};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) { m.impl("_nf4_linear_few", TORCH_BOX(&linear_few)); }
+std::tuple<Tensor, Tensor> linear_sm80(const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                                       OptionalTensor nested_absmax, OptionalTensor nested_code,
+                                       OptionalTensor offset, int64_t n, int64_t block_size,
+                                       int64_t nested_block_size, bool fp4, OptionalTensor a,
+                                       OptionalTensor b, OptionalTensor bias,
+                                       OptionalTensor scaling, double scale) {
+  constexpr auto kOp = "_nf4_linear_sm80";
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Nf4Linear p = linear_of(kOp, x, codes, absmax, nested_absmax, nested_code, offset, n, block_size,
+                          nested_block_size, fp4, a, b, bias, scaling, scale);
+  check(p.m <= kMostNf4Rows, kOp, ": takes up to ", kMostNf4Rows, " rows, got ", p.m);
+  check(a.has_value() == b.has_value(), kOp, ": lora_A and lora_B come together");
+  auto result = outputs(p, x);
+  nf4_linear_sm80(p, current_stream(device));
+  return result;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
+  m.impl("_nf4_linear_sm80", TORCH_BOX(&linear_sm80));
+}
+#endif
+
+#ifdef FASTLORA_WITH_SM90
+std::tuple<Tensor, Tensor> linear_sm90(const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                                       OptionalTensor nested_absmax, OptionalTensor nested_code,
+                                       OptionalTensor offset, int64_t n, int64_t block_size,
+                                       int64_t nested_block_size, bool fp4, OptionalTensor a,
+                                       OptionalTensor b, OptionalTensor h, OptionalTensor bias,
+                                       OptionalTensor scaling, double scale,
+                                       std::optional<std::vector<int64_t>> config) {
+  constexpr auto kOp = "_nf4_linear_sm90";
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Nf4Linear p = linear_of(kOp, x, codes, absmax, nested_absmax, nested_code, offset, n, block_size,
+                          nested_block_size, fp4, a, b, bias, scaling, scale);
+  check(b.has_value() == (a.has_value() != h.has_value()), kOp,
+        ": lora_B comes with lora_A or with h");
+  auto result = outputs(p, x);
+  if (h.has_value()) {
+    check_flat("h", *h, x.scalar_type(), p.m * p.rank, x);
+    check(h->numel() == p.m * p.rank, kOp, ": h must be [", p.m, ", ", p.rank, "]");
+    p.h = const_cast<void*>(h->const_data_ptr());
+  }
+  Nf4Config chosen{};
+  if (config.has_value()) {
+    check(config->size() == 2, kOp, ": config must be [rows, splits]");
+    chosen = {static_cast<int>((*config)[0]), static_cast<int>((*config)[1])};
+  }
+  nf4_linear_sm90(p, chosen, current_stream(device));
+  return result;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
+  m.impl("_nf4_linear_sm90", TORCH_BOX(&linear_sm90));
+}
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {

@@ -18,7 +18,7 @@
 
 namespace fastlora {
 
-enum class ElementType { kBfloat16, kFloat16, kFloat32 };
+enum class ElementType { kBfloat16, kFloat16, kFloat32, kByte };
 enum class Swizzle { k32, k64, k128 };  // bytes of a box's row
 
 namespace internal {
@@ -47,10 +47,10 @@ inline EncodeTiled find_encode_tiled() {
 inline CUtensorMap encode(const void* data, ElementType type, int rank, const int64_t* sizes,
                           const int64_t* pitches, const int* box, Swizzle swizzle) {
   static const EncodeTiled encode_tiled = find_encode_tiled();
-  const int bytes = type == ElementType::kFloat32 ? 4 : 2;
-  const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                       CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                                       CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
+  const int bytes = type == ElementType::kFloat32 ? 4 : type == ElementType::kByte ? 1 : 2;
+  const CUtensorMapDataType types[] = {
+      CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_UINT8};
   const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
                                          CU_TENSOR_MAP_SWIZZLE_128B};
   cuuint64_t dims[3], strides[2];

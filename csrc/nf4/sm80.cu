@@ -14,24 +14,22 @@
 //
 // Takes whole blocks of 64 elements or more in a row. A warp has a ring of blocks of codes and x in
 // shared memory, filled by cp.async: no barrier in the main loop.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
-#include <type_traits>
 
+#include "common/sm90/cluster.cuh"
 #include "common/sm90/copy_async.cuh"
+#include "common/sm90/pdl.cuh"
 #include "host/dependent_launch.cuh"
 #include "host/launch.cuh"
-#include "nf4/code.cuh"
-#include "nf4/few.h"
+#include "nf4/decode.cuh"
+#include "nf4/linear.h"
 
 namespace fastlora {
 namespace {
 
 constexpr int kFeatures = 32;  // of a CTA
-constexpr int kBlockK = 64;
-constexpr int kTableBytes = 256 * 32 * 4;
+constexpr int kBlockK = kNf4BlockK;
+constexpr int kShift = 7, kTableBytes = 256 << kShift;
 constexpr int kCodeBytes = kFeatures * kBlockK / 2;  // of a block
 constexpr int kRowBytes = kBlockK * 2;
 
@@ -44,23 +42,8 @@ struct Shared {
   static constexpr int kNested = kTableBytes + kWarps * kStages * kStageBytes;
   static constexpr int kBytes = kNested + 256 * 4;
   static constexpr int kPitch = kRows + 1;  // of sums: odd, so that features differ in banks
-  static_assert((kWarps * kFeatures * kPitch + kRows * kMostFewRanks) * 4 <= kNested);
+  static_assert((kWarps * kFeatures * kPitch + kRows * kMostNf4Ranks) * 4 <= kNested);
 };
-
-template <class T>
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-}
-template <class T>
-__device__ __forceinline__ float wide(T value) {
-  return static_cast<float>(value);
-}
 
 // d += a b: 16 rows of a by 8 columns of b, 16 deep.
 template <class T>
@@ -103,78 +86,98 @@ __device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* fro
   }
 }
 
-// A block's scale as it is loaded, a block ahead; it is made where it is used, in two roundings as
-// in bitsandbytes.
-struct Scale {
-  float absmax;  // or nested_absmax, of
-  uint32_t code;
-};
-__device__ __forceinline__ Scale load_scale(const Nf4Scales& scales, int block) {
-  if (scales.absmax != nullptr) return {__ldg(scales.absmax + block), 0};
-  return {__ldg(scales.nested_absmax + (block >> scales.nested_shift)),
-          __ldg(scales.codes + block)};
-}
+// h = scale x A^T: of kTiles x 8 rows of x, all ranks. Parts of k meet in shared memory: warps, and
+// where there are clusters the CTAs of one. Both are added in order.
+constexpr int kRankWarps = 8, kRankCtas = 16;
 
-// The table: entry `byte`, 32 times. Lanes begin at different banks.
-template <class T>
-__device__ __forceinline__ void fill_table(char* table, const CodeBook& book, float* scratch) {
-  if (threadIdx.x < 16) scratch[threadIdx.x] = book.value[threadIdx.x];
-  __syncthreads();
-  for (int i = threadIdx.x; i < 256 * 8; i += static_cast<int>(blockDim.x)) {
-    const int byte = i % 256, chunk = (i / 256 + i) % 8;
-    const uint32_t pair = pack2<T>(scratch[byte / 16], scratch[byte % 16]);
-    *reinterpret_cast<uint4*>(table + byte * 128 + chunk * 16) = make_uint4(pair, pair, pair, pair);
-  }
-}
-
-// h = scale x A^T: of 8 rows of x, all ranks.
-constexpr int kRankWarps = 16;
-
-template <class T, class A>
-__global__ void __launch_bounds__(kRankWarps * 32) ranks_kernel(Nf4Few p) {
+template <class T, class A, int kTiles>
+__global__ void __launch_bounds__(kRankWarps * 32) ranks_kernel(Nf4Linear p, int splits) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  sm90::pdl_launch_dependents();
 #endif
-  __shared__ float sums[kRankWarps][kMostFewRanks][9];
+  constexpr int kRows = kTiles * 8, kEach = kMostNf4Ranks * kRows;
+  __shared__ float sums[kRankWarps][kMostNf4Ranks][kRows + 1];
+  __shared__ float share[kEach];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int64_t first = int64_t{blockIdx.x} * 8;
-  const T* const x = static_cast<const T*>(p.x) + min(first + g, p.m - 1) * p.x_pitch + q * 16;
+  const int part = static_cast<int>(blockIdx.x) % splits;
+  const int64_t first = int64_t{blockIdx.x / splits} * kRows;
+  const T* x[kTiles];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    x[t] = static_cast<const T*>(p.x) + min(first + t * 8 + g, p.m - 1) * p.x_pitch + q * 16;
+  }
   const A* a[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     a[i] = static_cast<const A*>(p.a) + min(int64_t{i * 8 + g}, p.rank - 1) * p.k + q * 16;
   }
-  float acc[4] = {};
+  float acc[kTiles][4] = {};
   const int64_t blocks = p.k / kBlockK;
 #pragma unroll 2
-  for (int64_t j = warp; j < blocks; j += kRankWarps) {
-    uint32_t of_x[8], of_a[2][8];
-    load_pairs<T>(of_x, x + j * kBlockK);
+  for (int64_t j = part * kRankWarps + warp; j < blocks; j += splits * kRankWarps) {
+    uint32_t of_x[kTiles][8], of_a[2][8];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) load_pairs<T>(of_x[t], x[t] + j * kBlockK);
     load_pairs<T>(of_a[0], a[0] + j * kBlockK);
     load_pairs<T>(of_a[1], a[1] + j * kBlockK);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       const uint32_t step[4] = {of_a[0][2 * s], of_a[1][2 * s], of_a[0][2 * s + 1],
                                 of_a[1][2 * s + 1]};
-      multiply<T>(acc, step, of_x[2 * s], of_x[2 * s + 1]);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        multiply<T>(acc[t], step, of_x[t][2 * s], of_x[t][2 * s + 1]);
+      }
     }
   }
 #pragma unroll
-  for (int e = 0; e < 4; ++e) sums[warp][g + e / 2 * 8][q * 2 + e % 2] = acc[e];
-  __syncthreads();
-  const int rank = static_cast<int>(p.rank);
-  const int r = threadIdx.x % rank, row = static_cast<int>(threadIdx.x) / rank;
-  if (row >= 8 || first + row >= p.m) return;
-  float all = 0;
+  for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-  for (int w = 0; w < kRankWarps; ++w) all += sums[w][r][row];
+    for (int e = 0; e < 4; ++e) sums[warp][g + e / 2 * 8][t * 8 + q * 2 + e % 2] = acc[t][e];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kEach; i += kRankWarps * 32) {
+    float all = 0;
+#pragma unroll
+    for (int w = 0; w < kRankWarps; ++w) all += sums[w][i % kMostNf4Ranks][i / kMostNf4Ranks];
+    share[i] = all;
+  }
+#if __CUDA_ARCH__ >= 900
+  sm90::cluster_sync();
+#else
+  __syncthreads();
+#endif
   const float scale = p.scaling == nullptr ? p.scale : p.scale * *p.scaling;
-  static_cast<T*>(p.h)[(first + row) * rank + r] = static_cast<T>(scale * all);
+  for (int i = part * kRankWarps * 32 + static_cast<int>(threadIdx.x); i < kEach;
+       i += splits * kRankWarps * 32) {
+    float all = 0;
+    for (int s = 0; s < splits; ++s) {
+#if __CUDA_ARCH__ >= 900
+      float one;
+      asm volatile(
+          "ld.shared::cluster.f32 %0, [%1];"
+          : "=f"(one)
+          : "r"(sm90::address_in(static_cast<uint32_t>(__cvta_generic_to_shared(share + i)), s))
+          : "memory");
+      all += one;
+#else
+      all += share[i];
+#endif
+    }
+    const int64_t row = first + i / kMostNf4Ranks;
+    const int r = i % kMostNf4Ranks;
+    if (row < p.m && r < p.rank) {
+      static_cast<T*>(p.h)[row * p.rank + r] = static_cast<T>(scale * all);
+    }
+  }
+#if __CUDA_ARCH__ >= 900
+  sm90::cluster_sync();  // the others may still read
+#endif
 }
 
 template <class T, int kWarps, int kRows>
 __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 1)
-    few_kernel(Nf4Few p, CodeBook book) {
+    few_kernel(Nf4Linear p, CodeBook book) {
   using Memory = Shared<kWarps, kRows>;
   constexpr int kTiles = kRows / 8, kStages = Memory::kStages;
   extern __shared__ __align__(128) char shared[];
@@ -227,7 +230,9 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
   Scale ahead = load_scale(p.scales, own + (min(begin, blocks - 1) >> shift));
   const bool nested = p.scales.absmax == nullptr;
   const float offset = nested ? *p.scales.offset : 0.0f;
-  fill_table<T>(shared, book, nested_code);
+  if (threadIdx.x < 16) nested_code[threadIdx.x] = book.value[threadIdx.x];
+  __syncthreads();
+  fill_table<T, kShift>(shared, nested_code, threadIdx.x, kWarps * 32);
   __syncthreads();
   if (nested) {
     for (int i = threadIdx.x; i < 256; i += kWarps * 32) nested_code[i] = p.scales.nested_code[i];
@@ -238,8 +243,7 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
   int stage = 0;
 #pragma unroll 1
   for (int j = begin; j < end; ++j) {
-    const float scale =
-        nested ? __fadd_rn(__fmul_rn(nested_code[ahead.code], ahead.absmax), offset) : ahead.absmax;
+    const float scale = make_scale(ahead, nested, nested_code, offset);
     sm90::copy_async_wait<kStages - 2>();
     __syncwarp();  // all lanes' copies of this block are there, and all have read the last one
     copy(j + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
@@ -272,11 +276,7 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
           const uint32_t word = s < 2 ? words[i].x : words[i].y;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            constexpr int kEntry = 7;  // log2 of an entry's bytes
-            const int bit = s % 2 * 16 + e * 8;
-            const uint32_t at = bit < kEntry ? word << (kEntry - bit) : word >> (bit - kEntry);
-            of_w[e * 2 + i] =
-                *reinterpret_cast<const uint32_t*>(shared + ((at & 0x7F80) | lane * 4));
+            of_w[e * 2 + i] = table_entry<kShift>(shared, word, s % 2 * 2 + e, lane * 4);
           }
         }
 #pragma unroll
@@ -315,20 +315,20 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
   // A thread has one feature: its row of B stays in registers.
   const int rank = static_cast<int>(p.rank), own_feature = threadIdx.x % kFeatures;
   const int64_t column = feature + own_feature;
-  float b[kMostFewRanks] = {};
+  float b[kMostNf4Ranks] = {};
   auto* const h = sums + kWarps * kFeatures * kPitch;  // [rows, 16]
   if (rank > 0) {
 #pragma unroll
-    for (int r = 0; r < kMostFewRanks; ++r) {
+    for (int r = 0; r < kMostNf4Ranks; ++r) {
       if (r >= rank || column >= p.n) break;
       b[r] = p.b_float ? wide(static_cast<T>(static_cast<const float*>(p.b)[column * rank + r]))
                        : wide(static_cast<const T*>(p.b)[column * rank + r]);
     }
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    sm90::pdl_wait();
 #endif
-    for (int i = threadIdx.x; i < kRows * kMostFewRanks; i += kWarps * 32) {
-      const int row = first_row + i / kMostFewRanks, r = i % kMostFewRanks;
+    for (int i = threadIdx.x; i < kRows * kMostNf4Ranks; i += kWarps * 32) {
+      const int row = first_row + i / kMostNf4Ranks, r = i % kMostNf4Ranks;
       const bool there = row < p.m && r < rank;
       h[i] = there ? wide(static_cast<const T*>(p.h)[row * rank + r]) : 0.0f;
     }
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kWarps * 32, kRows <= 16 && kWarps == 8 ? 2 : 
     for (int w = 0; w < kWarps; ++w) y += sums[(w * kFeatures + own_feature) * kPitch + row];
     if (rank > 0) {
 #pragma unroll
-      for (int r = 0; r < kMostFewRanks; ++r) y += h[row * kMostFewRanks + r] * b[r];
+      for (int r = 0; r < kMostNf4Ranks; ++r) y += h[row * kMostNf4Ranks + r] * b[r];
     }
     static_cast<T*>(p.y)[(first_row + row) * p.n + column] = static_cast<T>(y + bias);
   }
@@ -356,8 +356,16 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
+// Whether the code that runs was compiled for 9.0 or later: PTX of 8.0 may run there as well.
+template <class Kernel>
+bool is_for_hopper(Kernel* kernel) {
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
+  return code.ptxVersion >= 90;
+}
+
 template <class T, int kWarps, int kRows>
-void launch(const Nf4Few& p, CUstream_st* stream) {
+void launch(const Nf4Linear& p, CUstream_st* stream) {
   auto* const kernel = few_kernel<T, kWarps, kRows>;
   constexpr int kBytes = Shared<kWarps, kRows>::kBytes;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
@@ -372,30 +380,52 @@ void launch(const Nf4Few& p, CUstream_st* stream) {
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   config.attrs = &early;
-  // Only code that was compiled for 9.0 or later waits: PTX of 8.0 may run there as well.
-  cudaFuncAttributes code{};
-  check_cuda(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
-  config.numAttrs = p.rank > 0 && code.ptxVersion >= 90 ? 1 : 0;
+  config.numAttrs = p.rank > 0 && is_for_hopper(kernel) ? 1 : 0;  // it waits there
   check_cuda(cudaLaunchKernelEx(&config, kernel, p, p.fp4 ? kFp4 : kNf4), "nf4_few");
-}
-
-template <class T>
-void launch_ranks(const Nf4Few& p, CUstream_st* stream) {
-  const auto ctas = static_cast<unsigned>(ceil_div(p.m, 8));
-  auto* const kernel = p.a_float ? ranks_kernel<T, float> : ranks_kernel<T, T>;
-  kernel<<<ctas, kRankWarps * 32, 0, stream>>>(p);
-  check_launch("nf4_few: h");
 }
 
 }  // namespace
 
-void nf4_few_cuda(const Nf4Few& p, CUstream_st* stream) {
+void nf4_ranks_sm80(const Nf4Linear& p, CUstream_st* stream) {
+  const auto launch = [&](auto* kernel, int rows) {
+    // A block or two of 64 k to a warp; but of many rows few CTAs, for the kernel behind takes all
+    // the SMs that it finds, and needs h late.
+    const auto most = static_cast<int>(ceil_div(p.k / kBlockK, kRankWarps));
+    const auto tiles = static_cast<int>(ceil_div(p.m, rows));
+    const int splits =
+        is_for_hopper(kernel)
+            ? std::max(1, std::min({8, most, (p.m <= 256 ? kRankCtas : 128) / tiles}))
+            : 1;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = splits;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(tiles * splits);
+    config.blockDim = dim3(kRankWarps * 32);
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = splits > 1 ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, p, splits), "nf4: h");
+  };
+  const auto of_types = [&](auto zero, auto factor) {
+    using T = decltype(zero);
+    using A = decltype(factor);
+    if (p.m <= 8) return launch(ranks_kernel<T, A, 1>, 8);
+    if (p.m <= 64) return launch(ranks_kernel<T, A, 2>, 16);
+    launch(ranks_kernel<T, A, 4>, 32);
+  };
+  const auto of_type = [&](auto zero) { p.a_float ? of_types(zero, 0.0f) : of_types(zero, zero); };
+  p.half ? of_type(__half{}) : of_type(__nv_bfloat16{});
+}
+
+void nf4_linear_sm80(const Nf4Linear& p, CUstream_st* stream) {
   const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   // Where a CTA has an SM to itself, more warps hide its loads.
   const bool alone = ceil_div(p.n, kFeatures) <= current_multiprocessors();
+  if (p.rank > 0) nf4_ranks_sm80(p, stream);
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
-    if (p.rank > 0) launch_ranks<T>(p, stream);
     if (p.m > 16 && most >= Shared<8, 32>::kBytes) return launch<T, 8, 32>(p, stream);
     if (p.m > 8 && alone && most >= Shared<16, 16>::kBytes) return launch<T, 16, 16>(p, stream);
     if (p.m > 8 && most >= Shared<8, 16>::kBytes) return launch<T, 8, 16>(p, stream);

@@ -41,6 +41,16 @@ def library_dequantize(
     return out
 
 
+def _nf4_miss(x: Tensor, codes: Tensor, form: Form) -> str | None:
+    """Why no kernel of csrc/nf4 can multiply by the codes as they are."""
+    m, k = x.shape
+    if m < 1 or k == 0 or form.rows == 0 or form.block_size < 64 or k % form.block_size:
+        return "needs whole blocks of 64 elements or more in a row"
+    if (x.stride(1), x.stride(0) % 8, x.data_ptr() % 16, codes.data_ptr() % 16) != (1, 0, 0, 0):
+        return "needs codes, and rows of x, at multiples of 16 bytes"
+    return None
+
+
 def nf4_few_miss(
     x: Tensor,
     codes: Tensor,
@@ -49,16 +59,16 @@ def nf4_few_miss(
     b: Tensor | None,
     rng_state: Tensor | None,
 ) -> str | None:
-    """Why csrc/nf4/sm80.cu cannot make y and h of few rows in one launch, or None."""
-    m, k = x.shape
+    """Why csrc/nf4/sm80.cu cannot make y and h of few rows in a pair of launches, or None."""
     if rng_state is not None:
         return "has no dropout"
-    if not 1 <= m <= 64:
-        return f"is for up to 64 rows, got {m}"
-    if k == 0 or form.rows == 0 or form.block_size < 64 or k % form.block_size:
-        return "needs whole blocks of 64 elements or more in a row"
-    if (x.stride(1), x.stride(0) % 8, x.data_ptr() % 16, codes.data_ptr() % 16) != (1, 0, 0, 0):
-        return "needs codes, and rows of x, at multiples of 16 bytes"
+    if x.shape[0] > 64:
+        return f"is for up to 64 rows, got {x.shape[0]}"
+    return _nf4_miss(x, codes, form) or _nf4_factors_miss(x, a, b)
+
+
+def _nf4_factors_miss(x: Tensor, a: Tensor | None, b: Tensor | None) -> str | None:
+    """Why the kernels of csrc/nf4 cannot make h themselves."""
     if a is None or b is None:
         return None
     if {a.dtype, b.dtype} - {x.dtype, torch.float32} or not 1 <= a.shape[0] <= 16:
@@ -68,7 +78,22 @@ def nf4_few_miss(
     return None
 
 
-def nf4_linear(
+# Above, a weight in floats costs less than decoding it again for every 256 rows (benchmarks/NOTES.md).
+_MOST_NF4_GEMM_ROWS = 1024
+
+
+def nf4_gemm_fit(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form) -> Fit:
+    """How the tensors suit csrc/nf4/sm90.cu."""
+    blocks = x.shape[1] // form.block_size
+    by_four = blocks % 4 == 0 and form.nested_block_size % 4 == 0
+    if not by_four or scales[0].data_ptr() % (4 * scales[0].element_size()):
+        return Fit("needs a multiple of four blocks in a row, and of quantised scales in a block")
+    miss = _nf4_miss(x, codes, form)
+    slower = x.shape[0] > _MOST_NF4_GEMM_ROWS
+    return Fit(miss, f"{x.shape[0]} rows are for a weight in floats" if slower else None)
+
+
+def nf4_few(
     x: Tensor,
     codes: Tensor,
     scales: Sequence[Tensor],
@@ -79,15 +104,44 @@ def nf4_linear(
     scaling: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(y, h) of few rows over a 4-bit weight in one launch; h has shape [0] without factors."""
-    count("nf4_linear", "cuda")
-    absmax, nested = scales[0], scales[1:] or (None, None, None)
-    sizes = form.rows, form.block_size, form.nested_block_size or 1, form.fp4
-    run = torch.ops.fastlora._nf4_linear_few
-    y, h = run(
-        x, codes, absmax, *nested, *sizes, a, b, _bias_like(bias, x), _float32(scaling), scale
-    )
+    """(y, h) of few rows over a 4-bit weight; h has shape [0] without factors."""
+    count("nf4_few", "cuda")
+    run = torch.ops.fastlora._nf4_linear_sm80
+    rest = a, b, _bias_like(bias, x), _float32(scaling), scale
+    y, h = run(x, *_nf4_weight(codes, scales, form), *rest)
     return y, h
+
+
+def nf4_gemm(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    form: Form,
+    a: Tensor | None,
+    b: Tensor | None,
+    h: Tensor | None,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(y, h) over a 4-bit weight. With ``a`` it makes h (else shape [0]), if ``nf4_makes_h``; or takes the ``h`` given."""
+    count("nf4_gemm", "cuda")
+    run = torch.ops.fastlora._nf4_linear_sm90
+    rest = a, b, h, _bias_like(bias, x), _float32(scaling), scale, None
+    y, made = run(x, *_nf4_weight(codes, scales, form), *rest)
+    return y, made
+
+
+def nf4_makes_h(x: Tensor, a: Tensor, b: Tensor, rng_state: Tensor | None) -> bool:
+    """Whether csrc/nf4 makes h itself, and ``down`` is not needed."""
+    return rng_state is None and _nf4_factors_miss(x, a, b) is None
+
+
+def _nf4_weight(codes: Tensor, scales: Sequence[Tensor], form: Form) -> tuple[object, ...]:
+    """A weight as the library's ops take it."""
+    nested = scales[1:] or (None, None, None)
+    sizes = form.rows, form.block_size, form.nested_block_size or 1, form.fp4
+    return codes, scales[0], *nested, *sizes
 
 
 def _rows_miss(name: str, t: Tensor, along: int) -> str | None:

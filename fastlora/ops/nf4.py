@@ -76,17 +76,47 @@ def _linear(
     keep: int,
 ) -> tuple[Tensor, Tensor]:
     form = Form(rows, cols, block_size, nested_block_size, fp4)
+    floats = _floats(scales)
+    rank = 0 if a is None else a.shape[0]
     if support.preference().name in (None, "cuda"):
-        rank = 0 if a is None else a.shape[0]
-        reason = support.miss("nf4_linear", "cuda", x.device, x.dtype, rank)
-        if reason is None and not cuda_backend.nf4_few_miss(x, codes, form, a, b, rng_state):
-            return cuda_backend.nf4_linear(
-                x, codes, _floats(scales), form, a, b, bias, scaling, scale
-            )
+        if _runs("nf4_gemm", x, rank):
+            fit = cuda_backend.nf4_gemm_fit(x, codes, floats, form)
+            if fit.miss is None and fit.slower is None:
+                return _gemm(x, codes, floats, form, a, b, bias, scaling, scale, rng_state, keep)
+        if _runs("nf4_few", x, rank) and not cuda_backend.nf4_few_miss(
+            x, codes, form, a, b, rng_state
+        ):
+            return cuda_backend.nf4_few(x, codes, floats, form, a, b, bias, scaling, scale)
     w = dequantize(codes, scales, form, x.dtype)
     if a is None or b is None:
         return raw.gemm(x, w, None, None, bias), x.new_empty(0)
     return lora_forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
+
+
+def _runs(op: str, x: Tensor, rank: int) -> bool:
+    return support.miss(op, "cuda", x.device, x.dtype, rank) is None
+
+
+def _gemm(
+    x: Tensor,
+    codes: Tensor,
+    scales: list[Tensor],
+    form: Form,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    weight = codes, scales, form
+    if a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state):
+        return cuda_backend.nf4_gemm(x, *weight, a, b, None, bias, scaling, scale)
+    h, _ = raw.down(x, a, scaling, scale, rng_state, keep, 0)
+    b = b.to(x.dtype) if b.dtype != torch.float32 else b
+    y, _ = cuda_backend.nf4_gemm(x, *weight, None, b.contiguous(), h, bias, None, 1.0)
+    return y, h
 
 
 def _fake_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

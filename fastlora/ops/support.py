@@ -26,8 +26,8 @@ MAX_RANK = 512
 
 @dataclass(frozen=True)
 class Row:
-    """One op on one backend and the problems it takes. ``lora`` is all ops of a linear in one launch, ``nf4_linear`` its
-    forward over a 4-bit weight."""
+    """One op on one backend and the problems it takes. ``lora`` is all ops of a linear in one launch; ``nf4_few`` and
+    ``nf4_gemm`` are its forward over a 4-bit weight that is read as it lies."""
 
     op: str
     backend: str
@@ -64,12 +64,21 @@ ROWS = (
         exactly=True,
     ),
     Row(
-        "nf4_linear",
+        "nf4_few",
         "cuda",
         _HALF_DTYPES,
         min_capability=(8, 0),
-        kernel="_nf4_linear_few",
+        kernel="_nf4_linear_sm80",
         max_rank=16,
+    ),
+    Row(
+        "nf4_gemm",
+        "cuda",
+        _HALF_DTYPES,
+        min_capability=(9, 0),
+        kernel="_nf4_linear_sm90",
+        max_rank=MAX_RANK,
+        exactly=True,
     ),
     *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),

@@ -52,8 +52,15 @@ def run_nf4(m: int, n: int, k: int, dtype: torch.dtype) -> None:
         x, bias = torch.randn(m, k, device="cuda").to(BF16), torch.randn(n, device="cuda").to(BF16)
         for r, factors in ((16, BF16), (5, FP32)):
             a, b = (torch.randn(s, device="cuda").to(factors) for s in ((r, k), (n, r)))
-            ops._nf4_linear_few(x, codes, absmax, None, None, None, n, 64, 1, False, a, b, bias, None, 0.5)  # fmt: skip
-        ops._nf4_linear_few(x, codes, scales, nested, code, offset, n, 64, 256, True, None, None, None, None, 1.0)  # fmt: skip
+            plain = codes, absmax, None, None, None, n, 64, 1, False
+            ops._nf4_linear_sm80(x, *plain, a, b, bias, None, 0.5)
+            for rows in (16, 64, 256) if k % 256 == 0 else ():
+                ops._nf4_linear_sm90(x, *plain, a, b, None, bias, None, 0.5, [rows, k // 256])
+        double = codes, scales, nested, code, offset, n, 64, 256, True
+        ops._nf4_linear_sm80(x, *double, None, None, None, None, 1.0)
+        if k % 256 == 0:
+            b, h = (torch.randn(s, 40, device="cuda").to(BF16) for s in (n, m))
+            ops._nf4_linear_sm90(x, *double, None, b, h, None, None, 1.0, None)
 
 
 if __name__ == "__main__":
@@ -61,7 +68,7 @@ if __name__ == "__main__":
     for shape in SHAPES:
         for dtype in (BF16, FP32):
             run(*shape, dtype)
-    for shape in ((1, 32, 64), (13, 100, 192), (40, 33, 1088), (64, 5, 71)):
+    for shape in ((1, 32, 64), (13, 100, 192), (40, 33, 1280), (64, 300, 256), (64, 5, 71)):
         for dtype in (BF16, FP32):
             run_nf4(*shape, dtype)
     torch.cuda.synchronize()

@@ -76,6 +76,10 @@ __device__ __forceinline__ void load_shared(uint32_t (&out)[2], uint32_t shared)
 __device__ __forceinline__ void store_shared(uint32_t shared, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
+__device__ __forceinline__ void store_shared(uint32_t shared, const uint32_t (&value)[2]) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(value[0]), "r"(value[1])
+               : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t shared, const uint32_t (&value)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value[0]),
                "r"(value[1]), "r"(value[2]), "r"(value[3])

@@ -1,0 +1,347 @@
+"""fastlora::_nf4_linear_sm80 and _nf4_linear_sm90 on a GPU: exact where their inputs are, against fp64, and chosen where they
+may be."""
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import NF4Tensor, QLoRALinear, reference
+from fastlora.ops import Form, cuda_backend, support
+from fastlora.testing.compare import assert_accurate
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+pytestmark = pytest.mark.gpu
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+def has(op):
+    """The library's code for it, on this GPU."""
+    missing = support.miss(op, "cuda", DEVICE, BF16, 16) if torch.cuda.is_available() else None
+    return pytest.mark.skipif(missing is not None, reason=f"not on this GPU: {missing}")
+
+
+# (m, n, k): every tile of rows, features that are no multiple of a tile, more and fewer blocks than warps
+FEW = [
+    (1, 32, 64),
+    (5, 1, 128),
+    (8, 4096, 1024),
+    (9, 33, 4160),
+    (16, 1000, 512),
+    (17, 8200, 192),
+    (32, 96, 2048),
+    (33, 520, 64),
+    (64, 4104, 1088),
+]
+MANY = [
+    (1, 33, 256),
+    (16, 1001, 512),
+    (31, 8200, 256),
+    (64, 4104, 1280),
+    (65, 130, 4096),
+    (128, 4096, 2304),
+    (200, 515, 14336),
+    (300, 2050, 768),
+    (1024, 1026, 1024),
+]
+CASES = [
+    *(pytest.param("few", *shape, marks=has("nf4_few"), id=f"few-{shape}") for shape in FEW),
+    *(pytest.param("gemm", *shape, marks=has("nf4_gemm"), id=f"gemm-{shape}") for shape in MANY),
+]
+KINDS = [
+    pytest.param("few", marks=has("nf4_few")),
+    pytest.param("gemm", marks=has("nf4_gemm")),
+]
+
+
+def run(kind, x, q, a=None, b=None, bias=None, scale=1.0, scaling=None, h=None, config=None):
+    scales = [t.view(-1).view(FP32) if t.dtype == torch.int32 else t.view(-1) for t in q.scales]
+    nested = scales[1:] or (None, None, None)
+    form = q.form
+    sizes = form.rows, form.block_size, form.nested_block_size or 1, form.fp4
+    weight = q.codes.view(-1), scales[0], *nested, *sizes
+    if kind == "few":
+        return torch.ops.fastlora._nf4_linear_sm80(x, *weight, a, b, bias, scaling, scale)
+    op = torch.ops.fastlora._nf4_linear_sm90
+    return op(x, *weight, a, b, h, bias, scaling, scale, config)
+
+
+def exact_weight(n, k, block_size=64):
+    """-1, 0 and 1 times powers of two: no sum of these is rounded."""
+    pick = torch.tensor([0x0, 0x7, 0xF], device="cuda")[
+        torch.randint(0, 3, (n * k,), device="cuda")
+    ]
+    codes = (pick[0::2] * 16 + pick[1::2]).to(torch.uint8)
+    absmax = 2.0 ** torch.randint(-1, 3, (n * k // block_size,), device="cuda")
+    return NF4Tensor(codes, (absmax,), (n, k), BF16, block_size)
+
+
+def integers(*shape, dtype=BF16, limit=3):
+    return torch.randint(-limit, limit + 1, shape, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("factors", [None, BF16, FP32])
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize(("kind", "m", "n", "k"), CASES)
+def test_integers_are_exact(kind, m, n, k, block_size, factors):
+    if k % (block_size if kind == "few" else 4 * block_size):
+        pytest.skip("a row is not as many blocks")
+    q, x, bias = exact_weight(n, k, block_size), integers(m, k), integers(n)
+    w = q.dequantize(FP32).double()
+    if factors is None:
+        y, h = run(kind, x, q, bias=bias)
+        assert h.numel() == 0
+        assert torch.equal(y, (x.double() @ w.t() + bias.double()).to(BF16))
+        return
+    for rank in (1, 5, 16):
+        a, b = integers(rank, k, dtype=factors, limit=1), integers(n, rank, dtype=factors, limit=2)
+        scaling = torch.tensor(0.5, device="cuda")
+        y, h = run(kind, x, q, a, b, bias, 2.0, scaling)
+        h_true = (x.double() @ a.double().t()).to(BF16)
+        assert torch.equal(h, h_true)
+        y_true = x.double() @ w.t() + h_true.double() @ b.double().t() + bias.double()
+        assert torch.equal(y, y_true.to(BF16))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("kind", "m", "n", "k"), CASES)
+def test_against_fp64(kind, m, n, k, double_quant, dtype, quant_type):
+    """The weight is the formula's own, value * absmax: rounding it to ``dtype`` first is torch's error, not ours."""
+    q = NF4Tensor.quantize(torch.randn(n, k, device="cuda").to(dtype), 64, double_quant)
+    q.quant_type = quant_type
+    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    a = (torch.randn(16, k, device="cuda") * k**-0.5).to(dtype)
+    b = torch.randn(n, 16, device="cuda").to(dtype)
+    y, h = run(kind, x, q, a, b, bias, 0.5)
+    leaves = [t.double() for t in (x, q.dequantize(FP32), a, b)]
+    truth = reference.lora_linear(*leaves, 0.5, bias.double())
+    naive = reference.gemm(x, q.dequantize(dtype), reference.down(x, a, None, 0.5), b, bias)
+    assert_accurate("y", y, naive, truth)
+    assert_accurate("h", h, reference.down(x, a, None, 0.5), 0.5 * leaves[0] @ leaves[2].t())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_infinity_stay_in_their_rows(kind):
+    q = NF4Tensor.quantize(torch.randn(100, 256, device="cuda"))
+    x = torch.randn(20, 256, device="cuda").to(BF16)
+    a, b = torch.randn(16, 256, device="cuda").to(BF16), torch.randn(100, 16, device="cuda").to(BF16)  # fmt: skip
+    clean, _ = run(kind, x, q, a, b)
+    hostile = x.clone()
+    hostile[3, 7], hostile[11, 200] = torch.nan, torch.inf
+    y, h = run(kind, hostile, q, a, b)
+    bad = [3, 11]
+    assert not y[bad].isfinite().any() and not h[bad].isfinite().any()
+    good = [i for i in range(20) if i not in bad]
+    assert torch.equal(y[good], clean[good])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strides_and_offsets_of_x(kind):
+    q = NF4Tensor.quantize(torch.randn(100, 256, device="cuda"))
+    room = torch.randn(40, 400, device="cuda").to(BF16)
+    view = room[3:20, 8:264]
+    assert torch.equal(run(kind, view, q)[0], run(kind, view.contiguous(), q)[0])
+    with pytest.raises((ValueError, RuntimeError), match="16 bytes"):
+        run(kind, room[3:20, 1:257], q)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_hundred_runs_without_one_differing_bit(kind):
+    q = NF4Tensor.quantize(torch.randn(4104, 1280, device="cuda"))
+    x = torch.randn(13, 1280, device="cuda").to(BF16)
+    a, b = torch.randn(16, 1280, device="cuda"), torch.randn(4104, 16, device="cuda")
+    expected = [t.clone() for t in run(kind, x, q, a, b)]
+    for _ in range(200):
+        got = run(kind, x, q, a, b)
+        assert all(map(torch.equal, got, expected))
+        for t in got:
+            t.fill_(torch.nan)
+
+
+@has("nf4_gemm")
+@pytest.mark.parametrize("splits", range(1, 9))
+@pytest.mark.parametrize("rows", [16, 32, 64, 128, 256])
+def test_every_tile_and_every_cut_of_k(rows, splits):
+    m, n, k, rank = 70, 300, 2304, 40
+    q, x, bias = exact_weight(n, k), integers(m, k), integers(n)
+    h, b = integers(m, rank), integers(n, rank, dtype=FP32)
+    y, none = run("gemm", x, q, None, b, bias, h=h, config=[rows, splits])
+    truth = x.double() @ q.dequantize(FP32).double().t() + h.double() @ b.double().t()
+    assert none.numel() == 0 and torch.equal(y, (truth + bias.double()).to(BF16))
+
+
+@has("nf4_gemm")
+@pytest.mark.parametrize("n", [1, 2, 127, 129])
+def test_few_features(n):
+    q, x, bias = exact_weight(n, 512), integers(3, 512), integers(n)
+    truth = x.double() @ q.dequantize(FP32).double().t() + bias.double()
+    for splits in (1, 2, 7):
+        y, _ = run("gemm", x, q, bias=bias, config=[16, splits])
+        assert torch.equal(y, truth.to(BF16))
+
+
+@has("nf4_gemm")
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("rank", [1, 7, 8, 17, 64, 512])
+def test_an_h_that_is_given(rank, dtype):
+    q, x = exact_weight(200, 512), integers(140, 512, dtype=dtype)
+    h, b = integers(140, rank, dtype=dtype), integers(200, rank, dtype=dtype, limit=1)
+    y, _ = run("gemm", x, q, None, b, h=h)
+    truth = x.double() @ q.dequantize(FP32).double().t() + h.double() @ b.double().t()
+    assert torch.equal(y, truth.to(dtype))
+
+
+@has("nf4_gemm")
+@pytest.mark.parametrize("block_size", [64, 128, 256, 1024])
+@pytest.mark.parametrize("nested_block_size", [4, 64, 256])
+def test_blocks_of_every_size(block_size, nested_block_size):
+    w = torch.randn(130, 4096, device="cuda")
+    q = NF4Tensor.quantize(w, block_size, nested_block_size=nested_block_size)
+    x = torch.randn(20, 4096, device="cuda").to(BF16)
+    truth = x.double() @ q.dequantize(FP32).double().t()
+    for splits in (1, 3, 8):
+        y, _ = run("gemm", x, q, config=[32, splits])
+        assert (y - truth).norm() < 4e-3 * truth.norm()
+
+
+@has("nf4_gemm")
+def test_a_graph_and_two_streams_without_one_differing_bit():
+    """Runs of different shapes beside each other: h must be there before it is read, and nobody reads another's."""
+    problems = []
+    for m, n, k in ((13, 4096, 14336), (130, 1024, 4096), (300, 2048, 1024)):
+        q = NF4Tensor.quantize(torch.randn(n, k, device="cuda"))
+        x = torch.randn(m, k, device="cuda").to(BF16)
+        a, b = torch.randn(16, k, device="cuda") * k**-0.5, torch.randn(n, 16, device="cuda")
+        problems.append(((x, q, a, b), [t.clone() for t in run("gemm", x, q, a, b)]))
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for i in range(200):
+        with torch.cuda.stream(streams[i % 2]):
+            arguments, expected = problems[i % 3]
+            got = run("gemm", *arguments)
+            assert all(map(torch.equal, got, expected)), i
+            for t in got:
+                t.fill_(torch.nan)
+    torch.cuda.synchronize()
+    (x, *rest), _ = problems[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run("gemm", x, *rest)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, run("gemm", x, *rest)))
+
+
+@has("nf4_few")
+def test_a_layer_runs_it_and_nothing_else():
+    kind = "nf4_few" if support.miss("nf4_gemm", "cuda", DEVICE, BF16, 16) else "nf4_gemm"
+    layer = QLoRALinear.from_linear(torch.nn.Linear(256, 512, device="cuda", dtype=BF16), r=16)
+    x = torch.randn(4, 8, 256, device="cuda", dtype=BF16)
+    fastlora.reset_launches()
+    with torch.no_grad():
+        y = layer(x)
+        assert fastlora.launches() == {(kind, "cuda"): 1}
+        layer.enable_adapters(False)
+        layer(x)
+        assert fastlora.launches() == {(kind, "cuda"): 2}
+        layer.enable_adapters()
+        with fastlora.backend("triton"):
+            other = layer(x)
+    assert (y - other).norm() < 6e-3 * other.norm()
+    layer(x.requires_grad_()).sum().backward()  # its h serves backward
+    h = x.detach().float().view(32, 256) @ layer.lora_A["default"].t() * layer.scaling["default"]
+    d_b = h.sum(0).expand(512, 16)
+    assert (layer.lora_B["default"].grad - d_b).norm() < 1e-2 * d_b.norm()
+
+
+@has("nf4_gemm")
+@pytest.mark.parametrize(
+    ("rank", "dropout", "rows"), [(64, 0.0, 40), (16, 0.5, 40), (16, 0.5, 300)]
+)
+def test_more_ranks_and_dropout_take_an_h_from_outside(rank, dropout, rows):
+    linear = torch.nn.Linear(512, 256, device="cuda", dtype=BF16)
+    layer = QLoRALinear.from_linear(linear, r=rank, lora_dropout=dropout)
+    torch.nn.init.normal_(layer.lora_B["default"])
+    x = torch.randn(rows, 512, device="cuda", dtype=BF16)
+    fastlora.reset_launches()
+    torch.manual_seed(1)
+    state = torch.cuda.get_rng_state()
+    y = layer(x)
+    ran = fastlora.launches()
+    assert ran[("nf4_gemm", "cuda")] == 1 and not any(op == "dequantize" for op, _ in ran), ran
+    torch.cuda.set_rng_state(state)
+    with fastlora.backend("triton"):
+        other = layer(x)
+    assert (y - other).norm() < 6e-3 * other.norm()
+
+
+@has("nf4_few")
+def test_what_it_does_not_take_is_named():
+    q = NF4Tensor.quantize(torch.randn(64, 128, device="cuda"))
+    x = torch.randn(4, 128, device="cuda").to(BF16)
+    a, b = torch.randn(16, 128, device="cuda"), torch.randn(64, 16, device="cuda")
+
+    def miss(x=x, form=q.form, a=a, b=b, state=None):
+        return cuda_backend.nf4_few_miss(x, q.codes, form, a, b, state)
+
+    assert miss() is None
+    assert "dropout" in miss(state=torch.zeros(2, device="cuda"))
+    assert "64 rows" in miss(x=torch.zeros(65, 128, device="cuda", dtype=BF16))
+    assert "whole blocks" in miss(form=Form(64, 128, 32, 256, False))
+    assert "whole blocks" in miss(form=Form(64, 128, 256, 256, False))
+    assert "16 ranks" in miss(a=torch.zeros(17, 128, device="cuda"))
+    assert "contiguous" in miss(a=torch.zeros(128, 16, device="cuda").t())
+    wrong = [
+        dict(x=x.float()),
+        dict(x=x[:, :64]),
+        dict(x=torch.zeros(65, 128, device="cuda", dtype=BF16)),
+        dict(a=a[:, :64], b=b),
+        dict(a=a, b=b[:, :8]),
+        dict(a=a),
+        dict(a=a.half(), b=b),
+        dict(a=torch.zeros(17, 128, device="cuda"), b=torch.zeros(64, 17, device="cuda")),
+        dict(bias=torch.zeros(64, device="cuda")),
+    ]
+    for arguments in wrong:
+        with pytest.raises((ValueError, RuntimeError), match="_nf4"):
+            run(**{"kind": "few", "x": x, "q": q, **arguments})
+
+
+@has("nf4_gemm")
+def test_what_the_gemm_does_not_take_is_named():
+    q = NF4Tensor.quantize(torch.randn(64, 256, device="cuda"))
+    x = torch.randn(4, 256, device="cuda").to(BF16)
+    b, h = torch.randn(64, 16, device="cuda"), torch.randn(4, 16, device="cuda").to(BF16)
+
+    def fit(x=x, form=q.form):
+        return cuda_backend.nf4_gemm_fit(x, q.codes, q.scales, form)
+
+    assert fit() == support.Fit()
+    assert "four blocks" in fit(x=x[:, :128].contiguous(), form=Form(64, 128, 64, 256, False)).miss
+    assert "four blocks" in fit(form=Form(64, 256, 64, 2, False)).miss
+    assert "whole blocks" in fit(form=Form(64, 256, 32, 256, False)).miss
+    assert "16 bytes" in fit(x=torch.zeros(4, 264, device="cuda", dtype=BF16)[:, 1:257]).miss
+    assert "in floats" in fit(x=torch.zeros(1025, 256, device="cuda", dtype=BF16)).slower
+    wrong = [
+        dict(x=x.float()),
+        dict(x=x[:, :128]),
+        dict(b=b),
+        dict(h=h),
+        dict(b=b, h=h[:3].contiguous()),
+        dict(b=b, h=h.float()),
+        dict(b=b[:, :8].contiguous(), h=h),
+        dict(a=torch.zeros(16, 256, device="cuda"), b=b, h=h),
+        dict(a=torch.zeros(17, 256, device="cuda"), b=torch.zeros(64, 17, device="cuda")),
+        dict(config=[48, 1]),
+        dict(config=[64, 9]),
+        dict(config=[64, -1]),
+        dict(config=[64]),
+        dict(bias=torch.zeros(64, device="cuda")),
+    ]
+    for arguments in wrong:
+        with pytest.raises((ValueError, RuntimeError), match="nf4"):
+            run(**{"kind": "gemm", "x": x, "q": q, **arguments})
