@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from benchmarks.options import add_common
 from fastlora import _library
 from fastlora.testing.compare import relative_error
-from fastlora.testing.environment import environment
+from fastlora.testing.environment import environment, file_stem
 from fastlora.testing.timing import (
     Contender,
     DeviceClock,
@@ -122,7 +121,7 @@ class Bench:
         ]
         for i, (title, cell) in enumerate(self.tables()):
             lines += [*_table(self.rows, title, cell), *(self.notes() if i == 0 else ()), ""]
-        stem = f"{self.name}-" + re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
+        stem = file_stem(self.name, where)
         folder.mkdir(parents=True, exist_ok=True)
         for ending, text in (
             (".json", json.dumps(content, indent=1, allow_nan=False) + "\n"),

@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from .environment import file_stem
 from .linear_bench import Report, Row
 from .providers import BASE
 
@@ -19,7 +20,7 @@ _CHART_RANGE = 0.9, 2.0  # of the ratio; a bar that leaves it is cut and still s
 
 def stem(report: Report) -> str:
     """File name without ending: ``linear-nvidia-h200``."""
-    return "linear-" + re.sub(r"[^a-z0-9]+", "-", report.environment["device"].lower()).strip("-")
+    return file_stem("linear", report.environment)
 
 
 def save_json(report: Report, directory: Path) -> Path:

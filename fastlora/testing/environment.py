@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()})"
+
+
+def file_stem(benchmark: str, where: dict[str, Any]) -> str:
+    """A result file's name without its ending: "linear-nvidia-h200"."""
+    return f"{benchmark}-" + re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
 
 
 def commit() -> str:
