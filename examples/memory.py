@@ -4,10 +4,11 @@
     python examples/memory.py --case qlora-7b --out DIR    # one case; DIR gets a .json and a .md
     python examples/memory.py --tiny                       # two-layer models on the CPU, without caps
 
-Models have random weights, for memory does not depend on them. A linear is drawn and quantised on the GPU before the next
-one exists: neither the GPU nor the host ever holds the model in 16 bits. Adapters (rank 16, fp32) are on every linear of
-the layers; batch 1, 512 tokens, gradient checkpointing. Torch's allocator may take what a card has less 0.6 GiB for
-the CUDA context, and a case fails where it needs more, or where its loss does not fall. Each runs in a process of its own.
+Models have random weights, for memory does not depend on their values. A linear is drawn on the GPU, and quantised before
+the next one exists: the host never holds the model, and under QLoRA nothing ever holds it in 16 bits. Adapters (rank 16,
+fp32) are on every linear of the layers; batch 1, 512 tokens, gradient checkpointing. Torch's allocator may take what the
+card has less 0.6 GiB for the CUDA context; a case fails where that does not do, or its loss does not fall. Each case
+runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Result:
 
 
 def arithmetic(shape: Shape, quantize: bool) -> dict[str, int]:
-    """Bytes of every part, from the shapes alone. Not all of them live at once: the sum is a little above the peak."""
+    """Bytes of every part, from the shapes alone. Not all of them live at once: the peak is to stay below the sum."""
     s, linears = shape, shape.linears()
     elements = [n * k for n, k in linears]
     factors = sum(RANK * (n + k) for n, k in linears)
@@ -119,7 +120,7 @@ def arithmetic(shape: Shape, quantize: bool) -> dict[str, int]:
 
 
 def _nf4_bytes(elements: int) -> int:
-    """4 bits an element; 8 for each 64 of them, and fp32 for each 256 of those; the map of the scales and their offset."""
+    """4 bits an element, 8 for each 64 of them, fp32 for each 256 of those; the scales' map and offset."""
     blocks = -(-elements // 64)
     return -(-elements // 2) + blocks + 4 * (-(-blocks // 256) + 256 + 1)
 
@@ -242,8 +243,8 @@ def write(results: list[Result], device: torch.device, folder: Path) -> None:
     lines = [
         f"# Memory of fine-tuning on {where['device']}",
         "",
-        f"{where['date']}, commit `{where['commit']}`, torch {where['torch']}, triton {where['triton']}. GiB; {STEPS} steps, "
-        f"batch 1, rank {RANK}, gradient checkpointing. Cap: the card less {CONTEXT_GIB} for the CUDA context, a hard limit on "
+        f"{where['date']}, commit `{where['commit']}`, torch {where['torch']}, triton {where['triton']}. "
+        f"GiB; {STEPS} steps, batch 1, rank {RANK}, gradient checkpointing. Cap: the card less {CONTEXT_GIB} for the CUDA context, a hard limit on "
         "torch's allocator. Arithmetic: the sum of the parts below. Reserved, allocated: that allocator's peaks. Context: what "
         "the GPU held beside it, of other processes too. Host: peak resident memory. Written by `python examples/memory.py`.",
         "",
