@@ -133,6 +133,7 @@ def load_adapter(
     folder = _find_folder(Path(path), check_adapter_name(adapter_name))
     config = LoraConfig.from_pretrained(folder)
     if isinstance(model, PeftModel):
+        model.check_unmerged("load_adapter")
         _check_same_method(model, adapter_name, config, folder)
         _fill(model, adapter_name, _read(folder / WEIGHTS_NAME))
         if is_trainable is not None:

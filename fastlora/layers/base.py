@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.support import MAX_RANK
+from ..quant import NF4Tensor
 from .inits import check_init, initial_factors
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -37,6 +39,18 @@ def adapter_dtype_for(dtype: torch.dtype | None) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Merged(NamedTuple):
+    """A base weight with adapters in it, and how far that is from the exact W + sum of s B A.
+
+    ``error`` is ||weight - exact|| / ||exact||, ``update`` is ||exact - W|| / ||exact||, in Frobenius norms: an error as
+    large as the update means that the update is lost in the rounding.
+    """
+
+    weight: Tensor | NF4Tensor
+    error: float
+    update: float
+
+
 class LoRALayer(nn.Module):
     """A linear map [..., K] -> [..., N] with any number of named adapters, some of them active.
 
@@ -59,6 +73,7 @@ class LoRALayer(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.init_lora_weights: dict[str, bool | str] = {}
         self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
         self.adapters_enabled = True
 
     # What a subclass says about its base.
@@ -100,8 +115,9 @@ class LoRALayer(nn.Module):
             adapter_dtype: dtype of A and B; None: fp32 for a base in fp32 or below.
 
         Raises:
-            ValueError: any of these is out of range, or the name is taken.
+            ValueError: any of these is out of range, the name is taken, or adapters are merged.
         """
+        self.check_unmerged("add_adapter")
         if check_adapter_name(name) in self.r:
             raise ValueError(f"name: adapter {name!r} exists already; choose another name")
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK:
@@ -150,6 +166,7 @@ class LoRALayer(nn.Module):
 
         PiSSA and OLoRA split the base weight: its original values must be in place, not a residual.
         """
+        self.check_unmerged("reset_adapters")
         for name, r in self.r.items():
             scaling = self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
             a, b, residual = self._factors(self.init_lora_weights[name], r, scaling)
@@ -163,6 +180,7 @@ class LoRALayer(nn.Module):
     def set_adapter(self, names: str | Iterable[str], trainable: bool = True) -> None:
         """Make exactly ``names`` active; they alone require grad (none does if not ``trainable``).
         Names that this layer does not have are skipped: an adapter need not be on every layer."""
+        self.check_unmerged("set_adapter")
         self.active_adapters = [names] if isinstance(names, str) else list(names)
         for name in self.r:
             wanted = trainable and name in self.active_adapters
@@ -173,12 +191,30 @@ class LoRALayer(nn.Module):
         """Switch all adapters on or off; off, the layer is its base."""
         self.adapters_enabled = enabled
 
-    def _acting(self) -> list[str]:
-        return (
-            [name for name in self.active_adapters if name in self.r]
-            if self.adapters_enabled
-            else []
+    def merged_weight(self, dequantize: bool = False) -> Merged:
+        """The base weight with the acting adapters in it; nothing is changed.
+
+        Raises:
+            NotImplementedError: the base's weight is not fastlora's to write.
+        """
+        raise NotImplementedError(
+            f"a {type(self).__name__} leaves its base as it is: merging is for LoRALinear and QLoRALinear. "
+            "Save the adapter and merge it with stock peft"
         )
+
+    def check_unmerged(self, what: str) -> None:
+        """ValueError if adapters are merged."""
+        if self.merged_adapters:
+            raise ValueError(
+                f"{what}: adapters {self.merged_adapters} are merged into the weight; unmerge first "
+                "(unmerge_adapter of the model, unmerge of a layer)"
+            )
+
+    def acting_adapters(self) -> list[str]:
+        """The adapters that forward adds to the base: none while they are off or merged."""
+        if not self.adapters_enabled or self.merged_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.r]
 
     def _add_updates(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y + the updates of ``names``, in plain torch, each in its adapter's dtype."""
@@ -192,7 +228,8 @@ class LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
         for name, r in self.r.items():
-            state = "" if name in self._acting() else ", inactive"
+            state = "" if name in self.acting_adapters() else ", inactive"
+            state = ", merged" if name in self.merged_adapters else state
             scaling, dropout = self.scaling[name], self.lora_dropout[name]
             parts.append(f"{name}(r={r}, scaling={float(scaling):g}, dropout={dropout:g}{state})")
         return ", ".join(parts)

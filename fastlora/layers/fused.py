@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
-from .base import LoRALayer
+from ..quant import NF4Tensor
+from .base import LoRALayer, Merged
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FusedLayer(LoRALayer):
-    """``forward`` of LoRALinear and QLoRALinear. A subclass says what its products are."""
+    """``forward`` and merging of LoRALinear and QLoRALinear. A subclass says what its products are, and its weight."""
 
+    weight: Tensor | NF4Tensor
     bias: Tensor | None
+    # While adapters are merged: what holds the weight that is not in use, the original as a rule. In a tuple, so that
+    # it is no submodule: the state_dict is that of the weight in use.
+    _shelf: tuple[nn.Module, ...] = ()
 
     def _product(
         self, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout_p: float
@@ -24,9 +35,17 @@ class FusedLayer(LoRALayer):
         """The base alone."""
         raise NotImplementedError
 
+    def _floats(self) -> Tensor:
+        """The weight [N, K] in fp32, or in fp64 if it is that."""
+        raise NotImplementedError
+
+    def _stored(self, exact: Tensor, dequantize: bool) -> Tensor | NF4Tensor:
+        """``exact`` [N, K] as the layer keeps its weight, or with ``dequantize`` in floats."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; see ``fastlora.lora_linear`` and ``qlora_linear`` for dtypes and errors."""
-        names = self._acting()
+        names = self.acting_adapters()
         if len(names) == 1 and _fits(x, self.lora_A[names[0]]):
             name = names[0]
             a, b = self.lora_A[name], self.lora_B[name]
@@ -34,8 +53,99 @@ class FusedLayer(LoRALayer):
         y = self._base(x)
         return self._add_updates(y, x, names) if names else y
 
+    # Merging.
+
+    def merge(self) -> Merged:
+        """Put the acting adapters into the weight: forward is one plain product until ``unmerge``, and trains nothing.
+
+        The original weight is kept beside the new one. A 4-bit weight is quantised again, which may cost more than the
+        update is worth: look at the errors returned.
+
+        Raises:
+            ValueError: merged already, no adapter acts, or as ``merged_weight``.
+        """
+        self.check_unmerged("merge")
+        if not self.acting_adapters():
+            raise ValueError("merge: no adapter acts here; set_adapter or enable_adapters first")
+        made = self.merged_weight()
+        self.use_merged(made.weight)
+        return made
+
+    @torch.no_grad()
+    def merged_weight(self, dequantize: bool = False) -> Merged:
+        """W + sum of s B A over the acting adapters, summed in fp32, as the layer would keep it; nothing is changed.
+
+        Args:
+            dequantize: a 4-bit weight comes as floats of the dtype it once had, rather than quantised again.
+
+        Raises:
+            ValueError: the weight is sharded or on the meta device, the sum overflows or holds NaN, or it is FP4.
+        """
+        if not self.acting_adapters() and not dequantize:
+            return Merged(self.weight, 0.0, 0.0)
+        for parameter in self.parameters():
+            if parameter.is_meta or type(parameter).__name__ == "DTensor":
+                place = "on the meta device" if parameter.is_meta else "sharded"
+                raise ValueError(f"weight: is {place}; merge where it is whole")
+        base = exact = self._floats()
+        for name in self.acting_adapters():
+            a, b = self.lora_A[name].to(base.dtype), self.lora_B[name].to(base.dtype)
+            exact = exact + (b @ a) * self.scaling[name]
+        total, update = self._finite_norm(exact), self._finite_norm(exact - base)
+        weight = self._stored(exact, dequantize)
+        kept = weight.dequantize(exact.dtype) if isinstance(weight, NF4Tensor) else weight
+        error = self._finite_norm(kept - exact)
+        return Merged(weight, error / (total or 1.0), update / (total or 1.0))
+
+    def _finite_norm(self, matrix: Tensor) -> float:
+        norm = float(torch.linalg.vector_norm(matrix))
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"weight: with adapters {self.acting_adapters()} in it, it overflows {self._base_device_dtype()[1]} or holds "
+                "NaN; look for the step that did it"
+            )
+        return norm
+
+    def use_merged(self, weight: Tensor | NF4Tensor) -> None:
+        """Go on with ``weight``, which holds the acting adapters, until ``unmerge``."""
+        shelf = nn.Module()
+        shelf.weight = weight if isinstance(weight, NF4Tensor) else nn.Parameter(weight, False)
+        self._shelf, self.merged_adapters = (shelf,), self.acting_adapters()
+        self._exchange()
+
+    def unmerge(self) -> None:
+        """The weight that there was before ``merge``, bit for bit; nothing where nothing is merged."""
+        if self.merged_adapters:
+            if self.adapters_enabled:
+                self._exchange()
+            self._shelf, self.merged_adapters = (), []
+
+    def enable_adapters(self, enabled: bool = True) -> None:
+        """Switch all adapters on or off, merged ones too; off, the layer is its base."""
+        if self.merged_adapters and enabled != self.adapters_enabled:
+            self._exchange()
+        super().enable_adapters(enabled)
+
+    def _exchange(self) -> None:
+        (shelf,) = self._shelf
+        shelf.weight, self.weight = self.weight, shelf.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for shelf in self._shelf:  # moved and cast as one
+            shelf._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+    def as_base(self, weight: Tensor | NF4Tensor) -> nn.Module:
+        """A layer without adapters over ``weight`` and this one's bias."""
+        assert isinstance(weight, Tensor)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = self.bias  # type: ignore[assignment]  # a Parameter, or None
+        return linear.train(self.training)
 
 
 def _fits(x: Tensor, a: Tensor) -> bool:

@@ -156,6 +156,18 @@ class QLoRALinear(FusedLayer):
     def _base_weight(self) -> None:
         """None: what an initialisation takes out of W could not be put back into 4 bits."""
 
+    def _floats(self) -> Tensor:
+        return self.weight.dequantize(torch.float32)
+
+    def _stored(self, exact: Tensor, dequantize: bool) -> Tensor | NF4Tensor:
+        return exact.to(self.weight.dtype) if dequantize else self.weight.requantize(exact)
+
+    def as_base(self, weight: Tensor | NF4Tensor) -> nn.Module:
+        """In 4 bits a QLoRALinear without adapters, in floats an nn.Linear."""
+        if isinstance(weight, NF4Tensor):
+            return type(self).from_quantized(weight, self.bias, r=None).train(self.training)
+        return super().as_base(weight)
+
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 

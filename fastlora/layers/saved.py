@@ -50,7 +50,8 @@ class TrainableCopy(nn.Module):
         """Switch the copies on or off."""
         self.adapters_enabled = enabled
 
-    def _acting(self) -> nn.Module:
+    def acting(self) -> nn.Module:
+        """The module that computes now."""
         if self.adapters_enabled:
             for name in self.active_adapters:
                 if name in self.modules_to_save:
@@ -58,7 +59,7 @@ class TrainableCopy(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._acting()(*args, **kwargs)
+        return self.acting()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -66,4 +67,4 @@ class TrainableCopy(nn.Module):
         except AttributeError:
             if "original_module" not in self.__dict__.get("_modules", {}):
                 raise  # not built yet (unpickling): nothing to read from
-            return getattr(self._acting(), name)
+            return getattr(self.acting(), name)

@@ -98,5 +98,5 @@ class LoRAWrapper(LoRALayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> [..., N] in the base's output dtype; further arguments go to the base."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        names = self._acting()
+        names = self.acting_adapters()
         return self._add_updates(y, x, names) if names else y

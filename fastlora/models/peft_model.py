@@ -13,6 +13,8 @@ from torch import nn
 
 from ..layers import LoRALayer, TrainableCopy
 from ..methods import LoraConfig
+from . import merge
+from .merge import MergeReport
 
 
 class _Delegate(nn.Module):
@@ -126,6 +128,7 @@ class PeftModel(_Delegate):
         from .inject import set_trainable
 
         self._check_known(adapter_name)
+        self.check_unmerged("set_adapter")
         set_trainable(
             self.get_base_model(), self._configs[adapter_name], adapter_name, not inference_mode
         )
@@ -157,6 +160,57 @@ class PeftModel(_Delegate):
         finally:
             for module, enabled in before:
                 module.enable_adapters(enabled)
+
+    # Merging.
+
+    def merge_report(self, dequantize: bool = False) -> list[MergeReport]:
+        """What merging would cost, layer by layer; nothing is changed. See ``merge_adapter`` and ``merge_and_unload``."""
+        return merge.report(self.get_base_model(), dequantize)
+
+    def merge_adapter(self) -> list[MergeReport]:
+        """Put the active adapter into the base weights, W + s B A summed in fp32; ``unmerge_adapter`` takes it out again.
+
+        A 4-bit weight is quantised again in blocks of the same sizes. That changes what the model computes, and may cost
+        more than the adapter is worth: the report says by how much, and a warning where it takes more than a tenth of
+        an update. The originals are kept beside the new weights, and disabling the adapter brings them back as well.
+        While merged nothing trains, and the state_dict holds the merged weights.
+
+        Returns:
+            A ``MergeReport(name, error, update)`` for each merged layer.
+
+        Raises:
+            ValueError: merged already, no adapter acts, or a weight that cannot be merged (sharded, FP4, NaN in an adapter).
+            NotImplementedError: a layer whose base is not fastlora's to write (bitsandbytes', Conv1D). The model is then
+                as it was.
+        """
+        return merge.merge(self.get_base_model())
+
+    def unmerge_adapter(self) -> None:
+        """The base weights from before ``merge_adapter``, bit for bit, and the adapter beside them."""
+        merge.unmerge(self.get_base_model())
+
+    def merge_and_unload(self, dequantize: bool = False) -> nn.Module:
+        """The base model with the active adapter in its weights and none of fastlora's adapter layers left.
+
+        All weights are made before the first is replaced, so that for a moment there are two of each. It warns as
+        ``merge_adapter`` does. Biases and ``modules_to_save`` come out as they were trained.
+
+        Args:
+            dequantize: every 4-bit linear becomes an nn.Linear in the dtype it was quantised from, which transformers saves
+                and any engine reads. False: it stays a ``QLoRALinear``, quantised again.
+
+        Raises:
+            ValueError, NotImplementedError: as ``merge_adapter``; the model is then as it was.
+        """
+        base = self.get_base_model()
+        merge.unload(base, dequantize)
+        return base
+
+    def check_unmerged(self, what: str) -> None:
+        """ValueError if adapters are merged."""
+        for module in self._adapter_modules():
+            if isinstance(module, LoRALayer):
+                module.check_unmerged(what)
 
     # Gradient checkpointing: reentrant checkpoints give no gradient unless some input requires one.
 

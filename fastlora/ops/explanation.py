@@ -29,7 +29,8 @@ def _tensors(layer: Any) -> tuple[Any, Tensor | None, Tensor | None, bool]:
             f"layer: got {type(layer).__name__}; accepted are fastlora.LoRALinear, QLoRALinear and peft's "
             "lora.Linear, or any module with a 2-d weight"
         )
-    adapters = getattr(layer, "lora_A", {})
+    merged = bool(getattr(layer, "merged_adapters", ()))
+    adapters = {} if merged else getattr(layer, "lora_A", {})
     active = [name for name in getattr(layer, "active_adapters", adapters) if name in adapters]
     if not active:
         return weight, None, None, False

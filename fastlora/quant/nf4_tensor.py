@@ -205,6 +205,22 @@ class NF4Tensor(nn.Module):
         """The weight [N, K] in ``dtype`` (its own): value * absmax in fp32, rounded once, as in bitsandbytes."""
         return ops.dequantize(self.codes, self.scales, self.form, dtype or self.dtype)
 
+    def requantize(self, weight: Tensor) -> Self:
+        """A float ``weight`` [N, K] in this one's form: its block sizes, and its dtype.
+
+        Raises:
+            ValueError: this one is FP4, which is read but not written.
+            TypeError, ValueError: as ``quantize``.
+        """
+        if self.quant_type != "nf4":
+            raise ValueError(
+                f"weight: cannot be put back into {self.quant_type!r}; written is 'nf4'"
+            )
+        nested = self.nested_block_size
+        made = type(self).quantize(weight, self.block_size, nested > 0, nested or 256)
+        made.dtype = self.dtype
+        return made
+
     @classmethod
     def from_bitsandbytes(cls, param: Any) -> Self:
         """Over the memory of a quantised ``bitsandbytes.nn.Params4bit``: no copy. See ``bitsandbytes.wrap``."""

@@ -1,0 +1,99 @@
+"""Merging a model's adapters into its weights: every weight is made first, then all are put in, or none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from ..layers import LoRALayer, TrainableCopy
+from ..layers.base import Merged
+from ..layers.fused import FusedLayer
+
+_NOTICEABLE = 0.1  # of an update: what rounding may take of it without a warning
+
+
+class MergeReport(NamedTuple):
+    """One merged layer: its name, and Frobenius norms relative to that of the exact W + s B A, which is summed in fp32.
+
+    ``error`` is that of what was rounded away, ``update`` that of s B A: where the first reaches the second, the update
+    is lost.
+    """
+
+    name: str
+    error: float
+    update: float
+
+
+def report(model: nn.Module, dequantize: bool) -> list[MergeReport]:
+    """What ``merge`` would cost; nothing is changed, and one layer at a time is made."""
+    return [MergeReport(name, *made[1:]) for name, _, made in _made(model, dequantize)]
+
+
+def merge(model: nn.Module) -> list[MergeReport]:
+    """Merge in place, keeping the originals, and warn of what it cost."""
+    planned = list(_made(model, False))
+    for _, layer, made in planned:
+        layer.use_merged(made.weight)
+    return _told([MergeReport(name, *made[1:]) for name, _, made in planned], False)
+
+
+def unmerge(model: nn.Module) -> None:
+    """The weights from before ``merge``."""
+    for layer in model.modules():
+        if isinstance(layer, FusedLayer):
+            layer.unmerge()
+
+
+def unload(model: nn.Module, dequantize: bool) -> None:
+    """Merge, and put layers without adapters where those with are; with ``dequantize`` none stays in 4 bits."""
+    planned = list(_made(model, dequantize, every_layer=True))
+    copies = [(name, m) for name, m in model.named_modules() if isinstance(m, TrainableCopy)]
+    swaps = [(name, layer.as_base(made.weight)) for name, layer, made in planned]
+    swaps += [(name, copy.acting()) for name, copy in copies]
+    _told([MergeReport(name, *made[1:]) for name, layer, made in planned if layer.r], dequantize)
+    for name, module in swaps:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _made(
+    model: nn.Module, dequantize: bool, every_layer: bool = False
+) -> Iterator[tuple[str, FusedLayer, Merged]]:
+    """(name, layer, its merged weight) of the layers where an adapter acts, or of ``every_layer``.
+
+    Raises:
+        ValueError: adapters are merged already, or none acts; and as ``FusedLayer.merged_weight``.
+        NotImplementedError: a layer that cannot be merged.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
+    if any(layer.merged_adapters for _, layer in layers):
+        raise ValueError("merge: adapters are merged already; unmerge_adapter() first")
+    if not any(layer.acting_adapters() for _, layer in layers):
+        raise ValueError(
+            "merge: no adapter acts; enable_adapter_layers() or set_adapter(...) first"
+        )
+    for name, layer in layers:
+        if every_layer or layer.acting_adapters():
+            try:
+                made = layer.merged_weight(dequantize)
+            except (ValueError, NotImplementedError) as error:
+                raise type(error)(f"module {name!r}: {error}") from error
+            assert isinstance(layer, FusedLayer)
+            yield name, layer, made
+
+
+def _told(reports: list[MergeReport], dequantize: bool) -> list[MergeReport]:
+    losing = [r for r in reports if r.error > _NOTICEABLE * r.update]
+    if losing:
+        worst = max(losing, key=lambda r: r.error)
+        advice = "" if dequantize else "; merge_and_unload(dequantize=True) has no 4-bit rounding"
+        warnings.warn(
+            f"merging rounds away more than {_NOTICEABLE:.0%} of the update in {len(losing)} of {len(reports)} layers: in "
+            f"{worst.name!r} the error is {worst.error:.2%} of the weight, the update {worst.update:.2%}. "
+            f"merge_report() lists all{advice}",
+            stacklevel=4,
+        )
+    return reports
