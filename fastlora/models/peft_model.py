@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layers import LoRALayer, TrainableCopy
 from ..methods import LoraConfig
+from ..quant import NF4Tensor
 from . import merge
 from .merge import MergeReport
 
@@ -254,9 +255,12 @@ class PeftModel(_Delegate):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all) numbers of parameters; a 4-bit weight counts as what it stands for."""
-        trainable = total = 0
+        trainable = 0
+        fours = [m for m in self.modules() if isinstance(m, NF4Tensor)]
+        inside = {id(p) for four in fours for p in four.parameters()}
+        total = sum(four.shape.numel() for four in fours)
         for parameter in self.parameters():
-            count = parameter.numel()
+            count = 0 if id(parameter) in inside else parameter.numel()
             state = getattr(parameter, "quant_state", None)
             if state is not None and getattr(state, "shape", None) is not None:
                 count = torch.Size(state.shape).numel()

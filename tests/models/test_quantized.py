@@ -99,6 +99,12 @@ def test_it_learns_and_only_its_adapters_change(device):
         assert torch.equal(model.get_parameter(name), value)
 
 
+def test_four_bits_count_as_the_weight_they_stand_for():
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    floats = fastlora.get_peft_model(tiny_llama(), config)
+    assert own().get_nb_trainable_parameters() == floats.get_nb_trainable_parameters()
+
+
 def test_adapters_are_saved_and_loaded_as_pefts(tmp_path):
     model, ids = own(), some_ids()
     fastlora.save_adapter(model, tmp_path)
