@@ -11,10 +11,11 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors
 import torch
 
 import fastlora
-from fastlora import LoraConfig
+from fastlora import LoraConfig, QLoRALinear
 from fastlora.layers import LoRAWrapper
 from tests.tiny_models import VOCABULARY, logits, randomize_adapters, some_ids, tiny_llama
 
@@ -72,23 +73,39 @@ def train(model: Any, folder: Path, resume: Any = None, **changes: Any) -> list[
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_same_losses(tmp_path: Path) -> None:
-    model = own()
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_same_bits(
+    tmp_path: Path, quantize: str | None
+) -> None:
+    model = own(quantize=quantize)
+    base_layers = sum(isinstance(m, QLoRALinear) for m in model.modules())
+    assert base_layers == (14 if quantize else 0)
     losses = train(model, tmp_path / "a")
     assert losses[-1] < losses[0]
     checkpoint = tmp_path / "a" / "checkpoint-3"
     files = {path.name for path in checkpoint.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= files
     assert not files & {"model.safetensors", "pytorch_model.bin"}
+    with safetensors.safe_open(checkpoint / "adapter_model.safetensors", "pt") as stored:
+        keys = set(stored.keys())
+    assert len(keys) == 12 and all(k.endswith(("lora_A.weight", "lora_B.weight")) for k in keys)
     adapter_bytes = (checkpoint / "adapter_model.safetensors").stat().st_size
     assert adapter_bytes < 4 * model.get_nb_trainable_parameters()[0] + 4096
-    again = own()
+    again = own(quantize=quantize)
+    randomize_adapters(again)  # what the checkpoint must replace
     resumed = train(again, tmp_path / "a", resume=str(checkpoint))
-    assert resumed[-3:] == pytest.approx(losses[3:], rel=1e-5)
+    assert resumed[-3:] == losses[3:]
+    assert again.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], value)
+        assert torch.equal(again.state_dict()[name], value), name
+    # Stock PEFT reads it, over the weights that the base stands for.
     last = tmp_path / "a" / "checkpoint-6"
-    read = peft.PeftModel.from_pretrained(tiny_llama(), last)
+    floats = tiny_llama()
+    with torch.no_grad():
+        for name, layer in model.get_base_model().named_modules():
+            if isinstance(layer, QLoRALinear):
+                floats.get_submodule(name).weight.copy_(layer.weight.dequantize())
+    read = peft.PeftModel.from_pretrained(floats, last)
     torch.testing.assert_close(logits(read, some_ids()), logits(model.eval(), some_ids()))
 
 
