@@ -20,7 +20,8 @@ def _rounds(text: str) -> int:
     return int(text)
 
 
-def _device(text: str) -> torch.device:
+def device_argument(text: str) -> torch.device:
+    """A device that there is, for argparse."""
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -38,4 +39,4 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=_rounds, default=Rule.rounds)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=_device, default=default)
+    parser.add_argument("--device", type=device_argument, default=default)
