@@ -1,0 +1,150 @@
+"""4-bit models on a GPU: read there, trained there, merged there, on fastlora's kernels alone."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import LoraConfig, NF4Tensor, QLoRALinear
+from fastlora.io.quantize import quantize_checkpoint
+from tests.tiny_models import logits, randomize_adapters, some_ids, tiny_llama
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["triton", "auto"])
+def kernels(request):
+    """Triton's kernels strictly, or those that fastlora picks: plain torch never runs."""
+    strict = request.param == "triton"
+    with fastlora.backend("triton", strict=True) if strict else contextlib.nullcontext():
+        yield
+    ran = {by for _, by in fastlora.launches()}
+    assert ran and ran <= ({"triton"} if strict else {"triton", "cuda"})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_llama(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128).save_pretrained(folder / "floats")  # fmt: skip
+    quantize_checkpoint(folder / "floats", folder / "four")
+    return folder / "four"
+
+
+def train(model, ids, steps=3):
+    """Losses of a few steps, and the adapters after them."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {n: p.detach().cpu() for n, p in trained.items()}
+
+
+def adapted(checkpoint, device):
+    model = fastlora.load_quantized(checkpoint, device).float()  # 4 bits stay as they are
+    model = fastlora.get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    randomize_adapters(model)
+    return model.train()
+
+
+def test_load_quantized_reads_to_a_gpu_what_it_reads_to_the_cpu(checkpoint, kernels):
+    there, here = (fastlora.load_quantized(checkpoint, device) for device in (CUDA, "cpu"))
+    assert {t.device for t in (*there.parameters(), *there.buffers())} == {CUDA}
+    state = there.state_dict()
+    for name, value in here.state_dict().items():
+        assert torch.equal(state[name].cpu(), value) and state[name].dtype == value.dtype, name
+    assert sum(isinstance(m, QLoRALinear) for m in there.modules()) == 14
+    with fastlora.backend("torch"):
+        want = logits(here.float(), some_ids())
+    fastlora.reset_launches()
+    got = logits(there.float(), some_ids().to(CUDA)).cpu()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert sum(n for (op, _), n in fastlora.launches().items() if op == "dequantize") == 14
+
+
+def test_it_trains_on_a_gpu_as_on_the_cpu(checkpoint, kernels):
+    ids = some_ids(rows=4, length=32)
+    with fastlora.backend("torch"):
+        want, want_adapters = train(adapted(checkpoint, "cpu"), ids)
+    fastlora.reset_launches()
+    losses, adapters = train(adapted(checkpoint, CUDA), ids.to(CUDA))
+    assert losses == pytest.approx(want, rel=1e-4)
+    for name, value in want_adapters.items():
+        torch.testing.assert_close(adapters[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_it_generates_in_bf16(checkpoint, kernels):
+    """Few rows at a time, the update beside the codes."""
+    model = fastlora.load_quantized(checkpoint, CUDA)
+    model = fastlora.get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    randomize_adapters(model, scale=0.02)
+    ids = some_ids(rows=1).to(CUDA)
+    out = model.eval().generate(ids, max_new_tokens=8, do_sample=False)
+    assert out.shape[1] > ids.shape[1] and torch.equal(out[:, : ids.shape[1]], ids)
+
+
+@pytest.mark.filterwarnings("ignore:merging rounds away")
+def test_merging_on_a_gpu_is_reported_and_taken_back(checkpoint, kernels):
+    model = fastlora.load_quantized(checkpoint, CUDA)
+    model = fastlora.get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    randomize_adapters(model, scale=0.007)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    reports = model.merge_adapter()
+    base = model.get_base_model()
+    for name, error, _ in reports:
+        layer = base.get_submodule(name)
+        assert isinstance(layer.weight, NF4Tensor) and layer.weight.device == CUDA
+        update = layer.lora_B["default"] @ layer.lora_A["default"] * layer.scaling["default"]
+        exact = layer._shelf[0].weight.dequantize(torch.float32).double() + update.double()
+        away = layer.weight.dequantize(torch.float32) - exact
+        assert error == pytest.approx((away.norm() / exact.norm()).item(), rel=1e-3)
+    model.unmerge_adapter()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_model_moved_off_the_gpu_leaves_no_memory_there():
+    """accelerate() keeps views of bitsandbytes' weights; they must not keep what has moved."""
+    pytest.importorskip("bitsandbytes")
+    from tests.models.test_quantized import stock
+
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    model = stock("cuda", torch.bfloat16)
+    held = torch.cuda.memory_allocated() - before
+    fastlora.accelerate(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(some_ids().to(CUDA))
+    model.cpu()
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 0.1 * held
+
+
+def test_a_gpu_without_room_leaves_everything_on_the_cpu():
+    """The embeddings are moved, then the output layer does not fit."""
+    base = tiny_llama(vocab_size=1 << 16, hidden_size=512, intermediate_size=512)
+    tensors = [*base.parameters(), *base.buffers()]
+    places = [(t.data_ptr(), t.device) for t in tensors]
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = torch.cuda.memory_reserved() + (200 << 20)  # each of the two takes 128 MiB
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        config = LoraConfig(r=4, target_modules=["q_proj"])
+        with pytest.raises(torch.OutOfMemoryError):
+            fastlora.get_peft_model(base, config, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [(t.data_ptr(), t.device) for t in tensors] == places
+    assert torch.isfinite(logits(base, some_ids())).all()
