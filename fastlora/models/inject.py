@@ -31,6 +31,7 @@ from ..methods.matching import (
 )
 from ..quant import NF4Tensor
 from .peft_model import PeftModel
+from .placement import move
 
 _STOCK = "peft.get_peft_model, and fastlora.accelerate(model) on the result"
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -66,7 +67,7 @@ def get_peft_model(
     try:
         injection.apply()
         if device is not None:
-            model.to(device)
+            move(model, device)
     except BaseException:  # no memory there, say
         injection.undo()
         raise

@@ -56,6 +56,13 @@ class Fast:
         made: Tensor = product(x, weight, a, b, scaling, bias, p, dropout.training)
         return made
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What moves must not be held where it was until the next forward."""
+        weight = self._modules["base_layer"]._parameters.get("weight")  # type: ignore[attr-defined]
+        if weight is not None:
+            _wraps.pop(weight, None)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
 
 class FastLoraLinear(Fast, Linear):
     """PEFT's ``lora.Linear``, fast."""

@@ -1,7 +1,9 @@
 """Models over 4-bit bases: LoraConfig(quantize="nf4"), and stock PEFT over bitsandbytes' Linear4bit."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import peft
 import pytest
@@ -10,7 +12,15 @@ from torch import nn
 
 import fastlora
 from fastlora import LoraConfig, NF4Tensor, QLoRALinear
-from tests.tiny_models import logits, plain_net, randomize_adapters, some_ids, tiny_llama
+from tests.tiny_models import (
+    assert_unchanged,
+    logits,
+    plain_net,
+    randomize_adapters,
+    snapshot,
+    some_ids,
+    tiny_llama,
+)
 
 BF16 = torch.bfloat16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -136,17 +146,48 @@ def test_tied_and_shared_weights_stay_floats():
     assert isinstance(inner["c"], QLoRALinear)
 
 
-def test_a_device_without_room_leaves_the_model_as_it_was(monkeypatch):
-    base = tiny_llama()
-    before = [(name, id(module)) for name, module in base.named_modules()]
+class Full(nn.Module):
+    """There is no room left for it."""
 
-    def full(*_, **__):
+    def _apply(self, fn, recurse=True):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(type(base), "to", full)
+
+@pytest.mark.parametrize("there", ["meta", "elsewhere"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_device_without_room_leaves_the_model_as_it_was(there, tied, monkeypatch):
+    """Whether a move replaces parameters or, between real devices, their data."""
+    base, ids = tiny_llama(tie_word_embeddings=tied), some_ids()
+    base.model.embed_tokens.weight.grad = torch.ones(96, 32)
+    base.lm_head.full = Full()
+    before, want = snapshot(base), logits(base, ids)
+    tensors = [*base.parameters(), *base.buffers(), base.model.embed_tokens.weight.grad]
+    places = [t.data_ptr() for t in tensors]
+    if there == "elsewhere":
+        monkeypatch.setattr(type(base), "to", lambda m, device: m._apply(torch.clone))
     with pytest.raises(torch.OutOfMemoryError):
-        own(base, "cpu")
-    assert [(name, id(module)) for name, module in base.named_modules()] == before
+        own(base, "meta" if there == "meta" else "cpu", quantize=None)
+    assert_unchanged(base, before)
+    assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
+    assert [t.data_ptr() for t in tensors] == places
+    assert torch.equal(logits(base, ids), want)
+
+
+def test_bitsandbytes_weights_come_back_as_they_were_quantised(monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    net = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4"), nn.Linear(64, 8), Full())
+    before, weight = dict(vars(net[0].weight)), net[0].weight
+
+    def quantises(model, device):
+        net[0].to(device)  # on its way bitsandbytes quantises
+        assert net[0].weight.bnb_quantized
+        model._apply(torch.clone)
+
+    monkeypatch.setattr(nn.Sequential, "to", quantises)
+    with pytest.raises(torch.OutOfMemoryError):
+        fastlora.get_peft_model(net, LoraConfig(r=2, target_modules=["1"]), device="cpu")
+    assert net[0].weight is weight and weight.dtype == torch.float32 and weight.shape == (64, 64)
+    assert vars(weight) == before and not weight.bnb_quantized
 
 
 def test_an_error_leaves_the_model_as_it_was():
@@ -226,6 +267,23 @@ def test_a_weight_repacked_in_between_runs_bitsandbytes_own_way(device):
             assert sum("packed anew" in r.reason for r in report) == 1
             layer.weight.quant_state.packing_format_for_cpu = False
         torch.testing.assert_close(model(ids).logits, before, atol=3e-2, rtol=0)  # in bf16
+
+
+def test_a_moved_model_holds_nothing_where_it_was(device):
+    """Before its next forward: what accelerate() keeps of a weight is a view of its memory."""
+    from fastlora.models import peft_linear
+
+    model, ids = fastlora.accelerate(stock(device)), some_ids().to(device)
+    with torch.no_grad():
+        want = model(ids).logits
+    weights = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    views = [weakref.ref(peft_linear._wraps[weight][1].codes) for weight in weights]
+    assert len(views) == 14 and all(view() is not None for view in views)
+    model.to(device)
+    gc.collect()
+    assert not any(view() is not None for view in views)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want)
 
 
 def test_another_compute_dtype_runs_bitsandbytes_own_way(device):
