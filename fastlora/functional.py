@@ -10,6 +10,7 @@ from ._autocast import autocast_dtype
 from .autograd import LoraLinearFunction
 from .ops.support import MAX_RANK
 from .quant import NF4Tensor
+from .quant.bitsandbytes import Packed
 
 _MAX_EXTENT = 2**31 - 1024  # rows and columns are counted in 32 bits, elements in 64
 _QUANTIZED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,6 +101,20 @@ def qlora_linear(
         raise TypeError(
             f"qweight: got {type(qweight).__name__}; accepted is a fastlora.NF4Tensor (NF4Tensor.quantize(weight) makes one)"
         )
+    return packed_linear(x, qweight, lora_a, lora_b, scaling, bias, dropout_p, training)
+
+
+def packed_linear(
+    x: Tensor,
+    qweight: NF4Tensor | Packed,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    training: bool,
+) -> Tensor:
+    """``qlora_linear`` over a weight that may be without its module."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}; accepted is a torch.Tensor")
     if x.dtype not in _QUANTIZED_DTYPES:

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._autocast import autocast_dtype
-from ..functional import lora_linear, qlora_linear
+from ..functional import lora_linear, packed_linear
 from ..layers.plain import FLOATS, is_undisturbed
 from ..ops.support import MAX_RANK
-from ..quant import NF4Tensor
 from ..quant import bitsandbytes as bnb
+from ..quant.bitsandbytes import Packed
 
 _ORDINARY = (Tensor, nn.Parameter)
 _BITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +33,7 @@ _BITS = (torch.float32, torch.bfloat16, torch.float16)
 class _Parts(NamedTuple):
     """What one product needs of a layer."""
 
-    weight: Tensor | NF4Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
     a: Tensor
     b: Tensor
@@ -52,7 +52,7 @@ class Fast:
             return y
         weight, bias, a, b, scaling, dropout = parts
         p = dropout.p if type(dropout) is nn.Dropout else 0.0
-        product: Any = qlora_linear if isinstance(weight, NF4Tensor) else lora_linear
+        product: Any = packed_linear if isinstance(weight, Packed) else lora_linear
         made: Tensor = product(x, weight, a, b, scaling, bias, p, dropout.training)
         return made
 
@@ -155,7 +155,7 @@ def _parts(layer: Any) -> _Parts | str:
     weight: Any = base._parameters["weight"]
     bias = base._parameters["bias"]
     if hasattr(weight, "quant_state"):
-        weight = _wrapped(weight)
+        weight = _packed(weight)
     factors = a._parameters["weight"], b._parameters["weight"]
     return _Parts(weight, bias, *factors, layer.scaling[name], dropout)
 
@@ -163,15 +163,17 @@ def _parts(layer: Any) -> _Parts | str:
 _wraps: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _wrapped(param: Any) -> NF4Tensor:
-    """A Params4bit as an NF4Tensor over its memory: made once, and again where that has moved."""
+def _packed(param: Any) -> Packed:
+    """A Params4bit as it lies: looked up once, and again where that has moved. A compiled program reads it itself."""
+    if torch.compiler.is_compiling():
+        return bnb.pack(param)
     memory = _memory(param)
     known = _wraps.get(param)
     if known is None or not _same(known[0], memory):
-        known = memory, NF4Tensor.from_bitsandbytes(param)
+        known = memory, bnb.pack(param)
         _wraps[param] = known
-    tensor: NF4Tensor = known[1]
-    return tensor
+    packed: Packed = known[1]
+    return packed
 
 
 def _memory(param: Any) -> tuple[int, int, Any]:
@@ -188,13 +190,16 @@ def _base4bit_obstacle(base: Any) -> str | None:
     param = base._parameters["weight"]
     if type(base).__name__ != "Linear4bit" or not hasattr(param, "quant_state"):
         return f"its base is a {type(base).__name__} over a {type(param).__name__}"
-    state, known = param.quant_state, _wraps.get(param)
+    state = param.quant_state
     if state is not None and 2 * param.numel() * param.element_size() < state.shape.numel():
         return "the base weight is without its full shape (sharded, or gathered by a hook)"
-    repacked = getattr(state, "packing_format_for_cpu", False)
-    if known is not None and not repacked and _same(known[0], _memory(param)):
-        return None  # asked at every forward, and a look at its code costs a synchronisation
-    reason = bnb.obstacle(param)
+    # Asked at every forward: a look at the code's values costs a synchronisation, and would break the graph of a compiled
+    # program, for which accelerate() has looked.
+    seen = torch.compiler.is_compiling()
+    if not seen:
+        known = _wraps.get(param)
+        seen = known is not None and _same(known[0], _memory(param))
+    reason = bnb.obstacle(param, read_code=not seen)
     return None if reason is None else f"the base weight {reason}"
 
 
@@ -236,8 +241,8 @@ def _adapter_obstacle(layer: Any, name: str) -> str | None:
 def _call_obstacle(layer: Any, parts: _Parts, x: Any) -> str | None:
     """What only the call shows: kinds, dtypes and shapes that PEFT treats in its own way."""
     weight, bias, a, b = parts[:4]
-    quantized = isinstance(weight, NF4Tensor)
-    read = weight.codes if isinstance(weight, NF4Tensor) else weight
+    quantized = isinstance(weight, Packed)
+    read = weight.codes if isinstance(weight, Packed) else weight
     for tensor in (x, read, a, b, read if bias is None else bias):
         if type(tensor) not in _ORDINARY and not _is_ordinary(tensor):
             return "a distributed, quantised or intercepting tensor"
@@ -259,7 +264,8 @@ def _call_obstacle(layer: Any, parts: _Parts, x: Any) -> str | None:
             return "autocast to another dtype than x's"
     if autocast_dtype(x.device) is not None:
         return None
-    if (not quantized and dtype != weight.dtype) or (bias is not None and bias.dtype != dtype):
+    floats = [t for t in (weight, bias) if isinstance(t, Tensor)]
+    if any(t.dtype != dtype for t in floats):
         return "mixed base dtypes"
     if a.dtype == dtype:
         return None

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from .. import reference
+from ..ops import Form
 
 _NF4Tensor = TypeVar("_NF4Tensor")
 
 
-def obstacle(param: Any) -> str | None:
-    """Why ``param`` cannot be read as it lies, or None."""
+class Packed(NamedTuple):
+    """What ops take of a 4-bit weight [N, K], without a module around it; named as in ``NF4Tensor``."""
+
+    codes: Tensor
+    scales: tuple[Tensor, ...]
+    form: Form
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.form.rows, self.form.cols))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+
+def obstacle(param: Any, read_code: bool = True) -> str | None:
+    """Why ``param`` cannot be read as it lies, or None. Without ``read_code`` no value of a tensor is looked at."""
     state = getattr(param, "quant_state", None)
     if state is None:
         return "is not quantised: bitsandbytes does that when a layer is moved to its device"
@@ -22,10 +40,27 @@ def obstacle(param: Any) -> str | None:
         return f"is of type {state.quant_type!r}; read are 'nf4' and 'fp4'"
     if state.shape is None or len(state.shape) != 2:
         return f"has shape {state.shape}; a matrix is read"
-    standard = reference.code_values(state.quant_type == "fp4")
-    if state.code is None or not torch.equal(state.code.float().cpu(), standard):
-        return f"has a code of its own; read is {state.quant_type}'s"
+    if read_code:
+        standard = reference.code_values(state.quant_type == "fp4")
+        if state.code is None or not torch.equal(state.code.float().cpu(), standard):
+            return f"has a code of its own; read is {state.quant_type}'s"
     return None
+
+
+def pack(param: Any) -> Packed:
+    """A Params4bit without ``obstacle`` as it lies."""
+    state = param.quant_state
+    n, k = state.shape
+    codes = param.detach().view(torch.uint8).view(-1)[: (n * k + 1) // 2]
+    scales: tuple[Tensor, ...] = (state.absmax,)
+    nested = 0
+    if state.nested:
+        second = state.state2
+        nested = second.blocksize
+        scales = (state.absmax, second.absmax, second.code, state.offset.view(1))
+    elif state.absmax.dtype != torch.float32:
+        scales = (state.absmax.float(),)
+    return Packed(codes, scales, Form(n, k, state.blocksize, nested, state.quant_type == "fp4"))
 
 
 def wrap(param: Any, cls: type[_NF4Tensor]) -> _NF4Tensor:
@@ -43,22 +78,14 @@ def wrap(param: Any, cls: type[_NF4Tensor]) -> _NF4Tensor:
     if reason is not None:
         raise ValueError(f"param: {reason}")
     state = param.quant_state
-    codes = param.detach().view(torch.uint8).view(-1)
-    scales: tuple[torch.Tensor, ...] = (state.absmax,)
-    nested = 0
-    if state.nested:
-        second = state.state2
-        nested = second.blocksize
-        scales = (state.absmax, second.absmax, second.code, state.offset.view(1))
-    if not state.nested and state.absmax.dtype != torch.float32:
-        scales = (state.absmax.float(),)
+    codes, scales, form = pack(param)
     return cls(  # type: ignore[call-arg]
-        codes[: (state.shape[0] * state.shape[1] + 1) // 2],
+        codes,
         scales,
         tuple(state.shape),
         state.dtype,
         state.blocksize,
-        nested,
+        form.nested_block_size,
         state.quant_type,
     )
 

@@ -286,6 +286,43 @@ def test_a_moved_model_holds_nothing_where_it_was(device):
         assert torch.equal(model(ids).logits, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("build", ["accelerated", "own"])
+def test_a_compiled_model_is_one_graph_as_stock_is(build, dtype, device):
+    ids = some_ids(rows=4).to(device)
+    theirs = stock(device, dtype)
+    torch._dynamo.reset()
+    torch.compile(theirs, backend="aot_eager", fullgraph=True)(ids)  # so that this can be asked
+    model = own(rows_of_blocks().to(dtype), device).train() if build == "own" else fastlora.accelerate(theirs)  # fmt: skip
+    want, want_grads = loss_and_grads(model, ids)
+    torch._dynamo.reset()
+    fastlora.reset_launches()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, got_grads = loss_and_grads(compiled, ids)
+    assert any(op in ("dequantize", "nf4_linear") for op, _ in fastlora.launches())
+    torch.testing.assert_close(got, want)
+    prefix = "_orig_mod."
+    assert got_grads.keys() == {prefix + name for name in want_grads}
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for name, value in want_grads.items():
+        assert (got_grads[prefix + name] - value).norm() <= tolerance * value.norm() + 1e-6, name
+
+
+def test_a_compiled_model_reads_the_weight_where_it_is_and_follows_its_adapters(device):
+    model, ids = fastlora.accelerate(stock(device)), some_ids().to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(ids).logits
+        torch.testing.assert_close(before, model(ids).logits)
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        layer.base_layer.weight.data.fill_(0x77)  # all zeros
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+        assert not torch.allclose(compiled(ids).logits, before, atol=1e-3)
+        with model.disable_adapter():
+            torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+
+
 def test_another_compute_dtype_runs_bitsandbytes_own_way(device):
     model, ids = stock(device, torch.float32, compute=BF16), some_ids().to(device)
     want, _ = loss_and_grads(model, ids)
