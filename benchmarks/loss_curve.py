@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 import fastlora
 from benchmarks.options import RESULTS, device_argument
-from fastlora.testing.environment import environment
+from fastlora.testing.environment import environment, file_stem
 
 TEXT = Path(__file__).parents[1] / "LICENSE"
 RUNS = ("exact", "stock", "accelerated", "fastlora")
@@ -177,8 +176,8 @@ def _distance(one: list[float], other: list[float]) -> float:
 def write(found: dict[str, Any], settings: Settings, device: torch.device, folder: Path) -> Path:
     """``loss-curve-<device>.json`` and the chart beside it."""
     where = environment(device)
-    where |= {package: version(package) for package in ("bitsandbytes", "transformers")}
-    stem = re.sub(r"[^a-z0-9]+", "-", f"loss-curve-{where['device']}".lower()).strip("-")
+    where |= {name: import_module(name).__version__ for name in ("bitsandbytes", "transformers")}
+    stem = file_stem("loss-curve", where)
     content = {"schema": 1, "environment": where, "settings": asdict(settings), **found}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.json"
