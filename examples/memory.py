@@ -79,8 +79,8 @@ LLAMA_7B = Shape(4096, 11008, 32, 32, 32, 32000)
 CASES = [
     Case("qlora-7b", LLAMA_7B, True, 6),
     Case("qlora-13b", Shape(5120, 13824, 40, 40, 40, 32000), True, 12),
-    Case("qlora-70b", Shape(8192, 28672, 80, 64, 8, 128256), True, 48),
     Case("lora-7b", LLAMA_7B, False, 16),
+    Case("qlora-70b", Shape(8192, 28672, 80, 64, 8, 128256), True, 48),
 ]
 TINY = Shape(64, 128, 2, 4, 2, 96, tokens=32)
 
@@ -234,7 +234,7 @@ def cells(result: Result) -> dict[str, str]:
     }
 
 
-def write(results: list[Result], device: torch.device, folder: Path) -> None:
+def write(results: list[Result], device: torch.device, folder: Path) -> list[Path]:
     """``memory-<device>.json`` and ``.md``."""
     where = environment(device)
     content = {"schema": 1, "benchmark": "memory", "environment": where}
@@ -260,9 +260,10 @@ def write(results: list[Result], device: torch.device, folder: Path) -> None:
     ]
     folder.mkdir(parents=True, exist_ok=True)
     stem = file_stem("memory", where)
-    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text("\n".join(lines))
-    print(folder / f"{stem}.json", folder / f"{stem}.md", sep="\n")
+    paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
+    paths[0].write_text(json.dumps(content, indent=1) + "\n")
+    paths[1].write_text("\n".join(lines))
+    return paths
 
 
 def _markdown(rows: list[dict[str, str]]) -> list[str]:
@@ -282,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here; --tiny runs on the CPU")
-    device = torch.device("cpu" if options.tiny else "cuda")
+    device = torch.device("cpu") if options.tiny else torch.device("cuda", 0)
     # Segments that grow: layers of many sizes leave no holes behind. Read when a process first uses the GPU.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     results = []
@@ -291,12 +292,14 @@ def main(arguments: list[str] | None = None) -> int:
             shape = TINY if options.tiny else case.shape
             results.append(run_apart(dataclasses.replace(case, shape=shape), device))
             print(f"{case.name}: {cells(results[-1])['result']}", flush=True)
+            if options.out:  # also what comes before a case that takes too long
+                paths = write(results, device, options.out)
     table = Table(*cells(results[0]), title="GiB", box=box.SIMPLE)
     for result in results:
         table.add_row(*cells(result).values())
     Console(width=120).print(table)
     if options.out:
-        write(results, device, options.out)
+        print(*paths, sep="\n")
     return 1 if any(result.error for result in results) else 0
 
 

@@ -93,10 +93,7 @@ struct Nf4Consumer : Nf4Cta<Tile> {
         }
         load_words(words, next, half);
         wgmma_wait<1>();  // the half before: its operands may be written again
-        if (half == 0 && j > begin) {
-          __syncwarp();
-          if (lane == 0) mbarrier_arrive(empty(previous));
-        }
+        if (half == 0 && j > begin) mbarrier_arrive(empty(previous));
       }
       previous = stage;
       stage = next;

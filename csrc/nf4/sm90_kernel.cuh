@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kNf4Threads, Tile::kCtas)
     if (cta.base % 1024 != 0) __trap();
 #endif
     for (int stage = 0; stage < Tile::kStages; ++stage) {
-      mbarrier_init(cta.full(stage), 1 + kScaleWarps);
-      mbarrier_init(cta.empty(stage), kNf4Math / 32);
+      mbarrier_init(cta.full(stage), 1 + kScaleWarps * 32);
+      mbarrier_init(cta.empty(stage), kNf4Math);
     }
     mbarrier_init(cta.h_full(), 1);
     mbarrier_init(cta.h_empty(), kNf4Math / 32);

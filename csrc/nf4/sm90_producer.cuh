@@ -100,8 +100,7 @@ struct Nf4Producer : Nf4Cta<Tile> {
         for (; j < until; ++j) {
           mbarrier_wait(empty(stage), phase ^ 1);
           store_shared(to + stage * Tile::kScaleBytes, pairs);
-          __syncwarp();
-          if (lane == 0) mbarrier_arrive(full(stage));
+          mbarrier_arrive(full(stage));
           advance(stage, phase);
         }
       }
