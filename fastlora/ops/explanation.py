@@ -12,6 +12,7 @@ from torch import Tensor
 from .._autocast import autocast_dtype
 from ..rng import mask_shape
 from . import cuda_backend, support
+from .nf4 import reads_codes
 
 
 def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
@@ -72,7 +73,7 @@ def explain(layer: Any, x: Tensor) -> str:
     rows = x.numel() // k if k else 0
     x = x.to(autocast_dtype(x.device) or x.dtype)
     quantized = hasattr(weight, "form")
-    weight = x.new_empty(n, k) if quantized else weight.to(x.dtype)
+    held, weight = weight, x.new_empty(n, k) if quantized else weight.to(x.dtype)
     wish = support.preference()
     preference = f", prefers {wish.name}{' (strict)' if wish.strict else ''}" if wish.name else ""
     lines = []
@@ -81,11 +82,15 @@ def explain(layer: Any, x: Tensor) -> str:
     lines += [
         f"{type(layer).__name__}: M={rows} K={k} N={n} r={rank} {x.dtype} on {x.device}{preference}"
     ]
-    if quantized:
-        lines.append(_line("dequantize", "W, for y and again for dX", x, 0))
     flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
     whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
     state = x.new_empty(2, dtype=torch.int64) if drops else None
+    codes = None  # the op that multiplies by them
+    if quantized:
+        codes = reads_codes(flat, held.codes, held.scales, held.form, lora_a, lora_b, state)
+        lines.append(_line("dequantize", f"W, for {'dX' if codes else 'y and again for dX'}", x, 0))
+    if codes:
+        lines.append(f"  {codes}  h = s drop(x) A^T,  y = x W^T + h B^T -> cuda   (over the codes)")
     if rank and lora_a is not None and lora_b is not None:
         saved_h = x.new_empty(rows, rank)
         for name, fit in (
@@ -106,7 +111,9 @@ def explain(layer: Any, x: Tensor) -> str:
             ),
         ):
             whole[name] = _why_not_whole(x, rank, fit)
-    if whole["y"] == "":
+    if codes:
+        whole["y"] = ""
+    elif whole["y"] == "":
         lines.append("  lora   h = s x A^T,  y = x W^T + h B^T  -> cuda   (one launch)")
     if whole["dX"] == "":
         lines.append("  lora   g, dX, dA, dB                    -> cuda   (one launch)")

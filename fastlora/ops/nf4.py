@@ -77,24 +77,41 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     form = Form(rows, cols, block_size, nested_block_size, fp4)
     floats = _floats(scales)
-    rank = 0 if a is None else a.shape[0]
-    if support.preference().name in (None, "cuda"):
-        if _runs("nf4_gemm", x, rank):
-            fit = cuda_backend.nf4_gemm_fit(x, codes, floats, form)
-            if fit.miss is None and fit.slower is None:
-                return _gemm(x, codes, floats, form, a, b, bias, scaling, scale, rng_state, keep)
-        if _runs("nf4_few", x, rank) and not cuda_backend.nf4_few_miss(
-            x, codes, form, a, b, rng_state
-        ):
-            return cuda_backend.nf4_few(x, codes, floats, form, a, b, bias, scaling, scale)
+    op = reads_codes(x, codes, floats, form, a, b, rng_state)
+    if op == "nf4_gemm":
+        return _gemm(x, codes, floats, form, a, b, bias, scaling, scale, rng_state, keep)
+    if op == "nf4_few":
+        return cuda_backend.nf4_few(x, codes, floats, form, a, b, bias, scaling, scale)
     w = dequantize(codes, scales, form, x.dtype)
     if a is None or b is None:
         return raw.gemm(x, w, None, None, bias), x.new_empty(0)
     return lora_forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
 
 
-def _runs(op: str, x: Tensor, rank: int) -> bool:
-    return support.miss(op, "cuda", x.device, x.dtype, rank) is None
+def reads_codes(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    form: Form,
+    a: Tensor | None,
+    b: Tensor | None,
+    rng_state: Tensor | None,
+) -> str | None:
+    """The op that multiplies by the codes as they lie; None where a weight in floats is made for forward."""
+    if support.preference().name not in (None, "cuda"):
+        return None
+    rank = 0 if a is None else a.shape[0]
+
+    def runs(op: str) -> bool:
+        return support.miss(op, "cuda", x.device, x.dtype, rank) is None
+
+    if runs("nf4_gemm"):
+        fit = cuda_backend.nf4_gemm_fit(x, codes, scales, form)
+        if fit.miss is None and fit.slower is None:
+            return "nf4_gemm"
+    if runs("nf4_few") and not cuda_backend.nf4_few_miss(x, codes, form, a, b, rng_state):
+        return "nf4_few"
+    return None
 
 
 def _gemm(

@@ -140,11 +140,15 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
+_SWITCHED = {"one_launch": ("lora",), "nf4_codes": ("nf4_few", "nf4_gemm")}
+
+
 @functools.lru_cache(maxsize=4096)
 def miss(op: str, backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     """Why ``backend`` cannot run ``op`` on this problem; None when it can."""
-    if op == "lora" and switches.off("one_launch"):
-        return "one_launch is switched off by FASTLORA_OFF"
+    for step, ops in _SWITCHED.items():
+        if op in ops and switches.off(step):
+            return f"{step} is switched off by FASTLORA_OFF"
     for row in ROWS:
         if (row.op, row.backend) != (op, backend):
             continue

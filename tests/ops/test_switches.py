@@ -34,11 +34,14 @@ def test_it_is_read_on_import():
     assert "FASTLORA_OFF: got everything; accepted are" in refused.stderr
 
 
-def test_without_one_launch_a_linear_is_composed(monkeypatch):
-    monkeypatch.setattr(switches, "_OFF", frozenset({"one_launch"}))
+@pytest.mark.parametrize(
+    ("step", "op"), [("one_launch", "lora"), ("nf4_codes", "nf4_few"), ("nf4_codes", "nf4_gemm")]
+)
+def test_what_is_switched_off_is_no_kernel(monkeypatch, step, op):
+    monkeypatch.setattr(switches, "_OFF", frozenset({step}))
     support.miss.cache_clear()
     try:
-        device = torch.device("cuda", 0)
-        assert "FASTLORA_OFF" in support.miss("lora", "cuda", device, torch.bfloat16, 16)
+        reason = support.miss(op, "cuda", torch.device("cuda", 0), torch.bfloat16, 16)
+        assert reason == f"{step} is switched off by FASTLORA_OFF"
     finally:
         support.miss.cache_clear()
