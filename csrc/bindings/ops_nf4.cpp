@@ -193,9 +193,11 @@ Nf4Linear linear_of(const char* op, const Tensor& x, const Tensor& codes, const 
   p.k = x.size(1);
   p.n = n;
   p.half = x.scalar_type() == ScalarType::Half;
-  check(p.m >= 1 && p.m < (int64_t{1} << 30) && n >= 1 && p.k >= 64 && p.k % 64 == 0 &&
-            n * p.k / 64 < (int64_t{1} << 31),
-        op, ": takes 1 row and more and multiples of 64 columns, got ", p.m, " and ", p.k);
+  constexpr int64_t kMost = int64_t{1} << 30;
+  check(p.m >= 1 && p.m < kMost && n >= 1 && n < kMost && p.k >= 64 && p.k % 64 == 0 &&
+            p.k < kMost && n * (p.k / 64) < 2 * kMost,
+        op, ": takes 1 row and more and multiples of 64 columns, below 2^30, of a weight of fewer ",
+        "than 2^37 elements; got ", p.m, " rows, ", p.k, " columns and a weight of ", n, " rows");
   p.x_pitch = pitch_of(op, "x", x, p.m, p.k, x);
   p.x = x.const_data_ptr();
   p.block_shift = shift_of("block_size", block_size, 64);
@@ -218,6 +220,7 @@ Nf4Linear linear_of(const char* op, const Tensor& x, const Tensor& codes, const 
   if (b.has_value()) {
     check(b->dim() == 2, op, ": lora_B must be a matrix");
     if (!a.has_value()) p.rank = b->size(1);
+    check(p.rank >= 1 && p.rank <= 4096, op, ": takes ranks up to 4096, got ", p.rank);
     p.b = factor(op, "lora_B", *b, n, p.rank, x);
     p.b_float = b->scalar_type() == ScalarType::Float;
   }
@@ -283,6 +286,7 @@ std::tuple<Tensor, Tensor> linear_sm90(const Tensor& x, const Tensor& codes, con
                           nested_block_size, fp4, a, b, bias, scaling, scale);
   check(b.has_value() == (a.has_value() != h.has_value()), kOp,
         ": lora_B comes with lora_A or with h");
+  check(p.m == 1 || p.x_pitch >= p.k, kOp, ": rows of x must not overlap");
   auto result = outputs(p, x);
   if (h.has_value()) {
     check_flat("h", *h, x.scalar_type(), p.m * p.rank, x);
@@ -291,7 +295,9 @@ std::tuple<Tensor, Tensor> linear_sm90(const Tensor& x, const Tensor& codes, con
   }
   Nf4Config chosen{};
   if (config.has_value()) {
-    check(config->size() == 2, kOp, ": config must be [rows, splits]");
+    check(config->size() == 2 && (*config)[0] >= 0 && (*config)[0] <= 256 && (*config)[1] >= 0 &&
+              (*config)[1] <= 8,
+          kOp, ": config must be [rows, splits], rows up to 256 and splits up to 8");
     chosen = {static_cast<int>((*config)[0]), static_cast<int>((*config)[1])};
   }
   nf4_linear_sm90(p, chosen, current_stream(device));

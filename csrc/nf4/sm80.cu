@@ -1,9 +1,8 @@
 // y = x W^T + bias + h B^T, h = s x A^T, of few rows: W [n, k] in 4 bits, read as it lies.
 //
-//   h        by a kernel of its own in front, a CTA for 8 rows of x, which the other only waits for
-//            when its sums are done
-//   CTA      32 features (rows of W), up to 32 rows and all of K, of which every warp takes a
-//   share;
+//   h        by a kernel of its own in front, 8 to 32 rows of x to a CTA, or on Hopper to a cluster
+//            that splits k; the other only waits for it when its sums are done
+//   CTA      32 features (rows of W), up to 32 rows and all of K, of which every warp takes a part;
 //            then the warps' sums are added up in order
 //   product  mma.sync m16n8k16: 16 features, or the ranks, by 8 rows of x. The tensor cores do not
 //            mind the order of K: of the 64 elements of a block a lane takes 16 that are
@@ -381,7 +380,7 @@ void launch(const Nf4Linear& p, CUstream_st* stream) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = p.rank > 0 && is_for_hopper(kernel) ? 1 : 0;  // it waits there
-  check_cuda(cudaLaunchKernelEx(&config, kernel, p, p.fp4 ? kFp4 : kNf4), "nf4_few");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, p, code_book<T>(p.fp4)), "nf4_few");
 }
 
 }  // namespace

@@ -29,9 +29,9 @@ int resident_clusters(Kernel* kernel, cudaLaunchConfig_t setup, int ctas) {
     setup.numAttrs = 1;
     int clusters = 0;
     check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &setup), "nf4_sm90");
-    entry.store(std::max(1, clusters));
+    entry.store(clusters + 1);  // 0: not asked yet
   }
-  return entry.load();
+  return entry.load() - 1;
 }
 
 template <class T, int kRows>
@@ -50,7 +50,7 @@ void launch(const Nf4Linear& p, int splits, CUstream_st* stream) {
   args.scales = p.scales;
   args.block_shift = p.block_shift;
   args.blocks = static_cast<int>(p.k >> p.block_shift);
-  args.book = p.fp4 ? kFp4 : kNf4;
+  args.book = code_book<T>(p.fp4);
   args.b = p.b;
   args.b_float = p.b_float;
   args.bias = p.bias;

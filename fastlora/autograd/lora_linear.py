@@ -6,7 +6,7 @@
 
 with s' = s / (1 - p): the mask's scale is folded into h and g, so nothing else multiplies. Saved: x as it came (one
 tensor, however many layers share it), h, and the two-word dropout state; never a mask, a cast copy or W in another form.
-A 4-bit W is made floats in either direction, for as long as its product takes.
+A 4-bit W is made floats for as long as its product takes: backward, and forward where no kernel multiplies by its codes.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ def _nf4_miss(x: Tensor, codes: Tensor, form: Form) -> str | None:
     m, k = x.shape
     if m < 1 or k == 0 or form.rows == 0 or form.block_size < 64 or k % form.block_size:
         return "needs whole blocks of 64 elements or more in a row"
+    if max(m, k, form.rows) >= 2**30 or form.rows * (k // 64) >= 2**31:
+        return f"counts to 2^30 rows and columns, and 2^37 elements; got {form.rows} x {k}"
     if (x.stride(1), x.stride(0) % 8, x.data_ptr() % 16, codes.data_ptr() % 16) != (1, 0, 0, 0):
         return "needs codes, and rows of x, at multiples of 16 bytes"
     return None
@@ -71,14 +73,16 @@ def _nf4_factors_miss(x: Tensor, a: Tensor | None, b: Tensor | None) -> str | No
     """Why the kernels of csrc/nf4 cannot make h themselves."""
     if a is None or b is None:
         return None
-    if {a.dtype, b.dtype} - {x.dtype, torch.float32} or not 1 <= a.shape[0] <= 16:
-        return f"takes up to 16 ranks, in x's dtype or float32; got {a.shape[0]} in {a.dtype}"
+    if not 1 <= a.shape[0] <= 16:
+        return f"takes 1 to 16 ranks, got {a.shape[0]}"
+    if {a.dtype, b.dtype} - {x.dtype, torch.float32}:
+        return f"takes factors in x's dtype or float32, got {a.dtype} and {b.dtype}"
     if not (a.is_contiguous() and b.is_contiguous()) or a.data_ptr() % 16:
-        return "needs contiguous factors"
+        return "needs contiguous factors, and A at a multiple of 16 bytes"
     return None
 
 
-# Above, a weight in floats costs less than decoding it again for every 256 rows (benchmarks/NOTES.md).
+# Above, a weight in floats costs less than decoding it again for every 256 rows: 235 / M of the GEMM where bytes are the limit.
 _MOST_NF4_GEMM_ROWS = 1024
 
 
@@ -89,6 +93,8 @@ def nf4_gemm_fit(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form)
     if not by_four or scales[0].data_ptr() % (4 * scales[0].element_size()):
         return Fit("needs a multiple of four blocks in a row, and of quantised scales in a block")
     miss = _nf4_miss(x, codes, form)
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        miss = miss or "x's rows overlap"
     slower = x.shape[0] > _MOST_NF4_GEMM_ROWS
     return Fit(miss, f"{x.shape[0]} rows are for a weight in floats" if slower else None)
 

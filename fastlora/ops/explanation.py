@@ -89,8 +89,12 @@ def explain(layer: Any, x: Tensor) -> str:
     if quantized:
         codes = reads_codes(flat, held.codes, held.scales, held.form, lora_a, lora_b, state)
         lines.append(_line("dequantize", f"W, for {'dX' if codes else 'y and again for dX'}", x, 0))
+    makes_h = lora_a is None or lora_b is None or cuda_backend.nf4_makes_h(flat, lora_a, lora_b, state)  # fmt: skip
     if codes:
-        lines.append(f"  {codes}  h = s drop(x) A^T,  y = x W^T + h B^T -> cuda   (over the codes)")
+        formula = "h = s x A^T,  y = x W^T + h B^T" if makes_h and rank else "y = x W^T + h B^T"
+        lines.append(f"  {codes} {formula:32} -> cuda   (over the codes)")
+    if codes and not makes_h:
+        lines.append(_line("down", "h = s drop(x) A^T", x, rank))
     if rank and lora_a is not None and lora_b is not None:
         saved_h = x.new_empty(rows, rank)
         for name, fit in (
@@ -110,7 +114,7 @@ def explain(layer: Any, x: Tensor) -> str:
                 ),
             ),
         ):
-            whole[name] = _why_not_whole(x, rank, fit)
+            whole[name] = "" if codes and name == "y" else _why_not_whole(x, rank, fit)
     if codes:
         whole["y"] = ""
     elif whole["y"] == "":

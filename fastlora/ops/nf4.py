@@ -107,7 +107,9 @@ def reads_codes(
 
     if runs("nf4_gemm"):
         fit = cuda_backend.nf4_gemm_fit(x, codes, scales, form)
-        if fit.miss is None and fit.slower is None:
+        # `down` has no cuda kernel: who asks for cuda gets the linear that is cuda throughout.
+        whole = a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state)
+        if fit == support.Fit() and (whole or support.preference().name is None):
             return "nf4_gemm"
     if runs("nf4_few") and not cuda_backend.nf4_few_miss(x, codes, form, a, b, rng_state):
         return "nf4_few"
@@ -185,7 +187,7 @@ def nf4_linear(
 ) -> tuple[Tensor, Tensor]:
     """``lora_forward`` over a 4-bit weight: (y [M, N], h [M, r]); without factors h has shape [0].
 
-    Few rows take the codes as they are, in one launch; others a weight in floats, made for them.
+    Up to a thousand rows take the codes as they are, where a kernel can; others a weight in floats, made for them.
     """
     if is_eager(x):
         return _linear(x, codes, scales, *form, a, b, bias, scaling, scale, rng_state, keep)

@@ -42,7 +42,7 @@ def dtypes(device):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_lora_linear_over_the_dequantised_weight(shape, factors, device):
     """Against the formula in fp64, by the error of torch's own; and equal to lora_linear over that weight, but where
-    csrc/nf4 takes few rows: it never rounds value * absmax."""
+    csrc/nf4 multiplies by the codes: these round value * absmax in other places."""
     for dtype in dtypes(device):
         kind = dtype if factors == "same" else factors
         x, q, a, b, bias, dy = problem(*shape, dtype, kind, device)

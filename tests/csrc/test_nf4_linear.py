@@ -106,13 +106,15 @@ def test_integers_are_exact(kind, m, n, k, block_size, factors):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("double_quant", "mean"), [(False, 0), (True, 0), (True, 1)])
 @pytest.mark.parametrize(("kind", "m", "n", "k"), CASES)
-def test_against_fp64(kind, m, n, k, double_quant, dtype, quant_type):
-    """The weight is the formula's own, value * absmax: rounding it to ``dtype`` first is torch's error, not ours."""
+def test_against_fp64(kind, m, n, k, double_quant, mean, dtype, quant_type):
+    """The weight is the formula's own, value * absmax: rounding it to ``dtype`` first is torch's error, not ours. Where x
+    has a mean the errors of code values must not add up."""
     q = NF4Tensor.quantize(torch.randn(n, k, device="cuda").to(dtype), 64, double_quant)
     q.quant_type = quant_type
-    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    x = (torch.randn(m, k, device="cuda") + mean).to(dtype)
+    bias = torch.randn(n, device="cuda").to(dtype)
     a = (torch.randn(16, k, device="cuda") * k**-0.5).to(dtype)
     b = torch.randn(n, 16, device="cuda").to(dtype)
     y, h = run(kind, x, q, a, b, bias, 0.5)
@@ -259,6 +261,20 @@ def test_a_layer_runs_it_and_nothing_else():
 
 
 @has("nf4_gemm")
+@pytest.mark.parametrize(("rank", "dropout"), [(64, 0.0), (16, 0.5)])
+def test_strictly_cuda_is_cuda_throughout(rank, dropout):
+    """`down` has no cuda kernel: what would need it runs over a weight in floats."""
+    linear = torch.nn.Linear(2048, 2048, device="cuda", dtype=BF16)
+    layer = QLoRALinear.from_linear(linear, r=rank, lora_dropout=dropout)
+    x = torch.randn(300, 2048, device="cuda", dtype=BF16)
+    fastlora.reset_launches()
+    with fastlora.backend("cuda", strict=True):
+        fastlora.explain(layer, x)
+        layer(x)
+    assert {backend for _, backend in fastlora.launches()} == {"cuda"}
+
+
+@has("nf4_gemm")
 @pytest.mark.parametrize(
     ("rank", "dropout", "rows"), [(64, 0.0, 40), (16, 0.5, 40), (16, 0.5, 300)]
 )
@@ -294,6 +310,7 @@ def test_what_it_does_not_take_is_named():
     assert "whole blocks" in miss(form=Form(64, 128, 32, 256, False))
     assert "whole blocks" in miss(form=Form(64, 128, 256, 256, False))
     assert "16 ranks" in miss(a=torch.zeros(17, 128, device="cuda"))
+    assert "float32, got torch.float16" in miss(a=a.half())
     assert "contiguous" in miss(a=torch.zeros(128, 16, device="cuda").t())
     wrong = [
         dict(x=x.float()),
@@ -324,11 +341,14 @@ def test_what_the_gemm_does_not_take_is_named():
     assert "four blocks" in fit(x=x[:, :128].contiguous(), form=Form(64, 128, 64, 256, False)).miss
     assert "four blocks" in fit(form=Form(64, 256, 64, 2, False)).miss
     assert "whole blocks" in fit(form=Form(64, 256, 32, 256, False)).miss
+    assert "overlap" in fit(x=x[:1].expand(4, 256)).miss
     assert "16 bytes" in fit(x=torch.zeros(4, 264, device="cuda", dtype=BF16)[:, 1:257]).miss
     assert "in floats" in fit(x=torch.zeros(1025, 256, device="cuda", dtype=BF16)).slower
     wrong = [
         dict(x=x.float()),
         dict(x=x[:, :128]),
+        dict(x=x[:1].expand(4, 256)),
+        dict(x=x.view(-1).unfold(0, 256, 8)),
         dict(b=b),
         dict(h=h),
         dict(b=b, h=h[:3].contiguous()),
