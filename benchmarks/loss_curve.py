@@ -215,10 +215,18 @@ def chart(found: dict[str, Any], title: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted is a number of at least 1")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 1 where a run of fastlora's is beyond the noise."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss_curve")
-    parser.add_argument("--steps", type=int, help="default 200, and 40 of a smaller model on a CPU")
+    parser.add_argument(
+        "--steps", type=_steps, help="default 200, and 40 of a smaller model on a CPU"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_argument, default=default)

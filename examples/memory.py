@@ -234,8 +234,10 @@ def cells(result: Result) -> dict[str, str]:
     }
 
 
-def write(results: list[Result], device: torch.device, folder: Path) -> list[Path]:
-    """``memory-<device>.json`` and ``.md``."""
+def write(
+    results: list[Result], device: torch.device, folder: Path, benchmark: str = "memory"
+) -> list[Path]:
+    """``<benchmark>-<device>.json`` and ``.md``, in place of earlier ones."""
     where = environment(device)
     content = {"schema": 1, "benchmark": "memory", "environment": where}
     content["rows"] = [asdict(result) for result in results]
@@ -259,7 +261,7 @@ def write(results: list[Result], device: torch.device, folder: Path) -> list[Pat
         "",
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    stem = file_stem("memory", where)
+    stem = file_stem(benchmark, where)
     paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
     paths[0].write_text(json.dumps(content, indent=1) + "\n")
     paths[1].write_text("\n".join(lines))
@@ -293,7 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(run_apart(dataclasses.replace(case, shape=shape), device))
             print(f"{case.name}: {cells(results[-1])['result']}", flush=True)
             if options.out:  # also what comes before a case that takes too long
-                paths = write(results, device, options.out)
+                benchmark = "memory" if options.case == "all" else f"memory-{options.case}"
+                paths = write(results, device, options.out, benchmark)
     table = Table(*cells(results[0]), title="GiB", box=box.SIMPLE)
     for result in results:
         table.add_row(*cells(result).values())

@@ -58,9 +58,7 @@ class Fast:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """What moves must not be held where it was until the next forward."""
-        weight = self._modules["base_layer"]._parameters.get("weight")  # type: ignore[attr-defined]
-        if weight is not None:
-            _wraps.pop(weight, None)
+        _forget(self)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
@@ -105,8 +103,9 @@ def is_stuck(layer: nn.Module) -> bool:
 
 
 def release(layer: nn.Module) -> None:
-    """Give ``layer`` PEFT's class back."""
+    """Give ``layer`` PEFT's class back, and hold nothing of its weight."""
     if _is_fast_class(type(layer)):
+        _forget(layer)
         layer.__class__ = type(layer).__bases__[1]
 
 
@@ -170,10 +169,17 @@ def _packed(param: Any) -> Packed:
     memory = _memory(param)
     known = _wraps.get(param)
     if known is None or not _same(known[0], memory):
-        known = memory, bnb.pack(param)
+        with torch.inference_mode(False):  # it outlives a validation: training saves it
+            known = memory, bnb.pack(param)
         _wraps[param] = known
     packed: Packed = known[1]
     return packed
+
+
+def _forget(layer: Any) -> None:
+    weight = layer._modules["base_layer"]._parameters.get("weight")
+    if weight is not None:
+        _wraps.pop(weight, None)
 
 
 def _memory(param: Any) -> tuple[int, int, Any]:
