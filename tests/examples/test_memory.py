@@ -123,12 +123,12 @@ def test_the_whole_script(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "qlora-70b: no cap here" in done.stdout
-    found = json.loads(next(tmp_path.glob("memory-cpu-*.json")).read_text())
+    found = json.loads(next(tmp_path.glob("memory-qlora-70b-cpu*.json")).read_text())
     assert found["environment"]["commit"] == "c0ffee"
     (row,) = found["rows"]
     assert row["losses"][-1] < row["losses"][0] and row["peak_reserved"] is None
     assert 0 < row["host_peak"] < 8 << 30
-    table = next(tmp_path.glob("memory-cpu-*.md")).read_text()
+    table = next(tmp_path.glob("memory-qlora-70b-cpu*.md")).read_text()
     assert "| qlora-70b | 48 | 47.40 |" in table and "commit `c0ffee`" in table
 
 
