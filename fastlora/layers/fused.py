@@ -84,7 +84,7 @@ class FusedLayer(LoRALayer):
         if not self.acting_adapters() and not dequantize:
             return Merged(self.weight, 0.0, 0.0)
         for parameter in self.parameters():
-            if parameter.is_meta or type(parameter).__name__ == "DTensor":
+            if parameter.is_meta or _is_sharded(parameter):
                 place = "on the meta device" if parameter.is_meta else "sharded"
                 raise ValueError(f"weight: is {place}; merge where it is whole")
         base = exact = self._floats()
@@ -114,19 +114,42 @@ class FusedLayer(LoRALayer):
         self._exchange()
 
     def unmerge(self) -> None:
-        """The weight that there was before ``merge``, bit for bit; nothing where nothing is merged."""
+        """The weight that there was before ``merge``, bit for bit; nothing where nothing is merged.
+
+        Raises:
+            ValueError: the weight was sharded since.
+        """
         if self.merged_adapters:
             if self.adapters_enabled:
                 self._exchange()
             self._shelf, self.merged_adapters = (), []
 
     def enable_adapters(self, enabled: bool = True) -> None:
-        """Switch all adapters on or off, merged ones too; off, the layer is its base."""
+        """Switch all adapters on or off, merged ones too; off, the layer is its base.
+
+        Raises:
+            ValueError: adapters were merged, and the weight was sharded since.
+        """
         if self.merged_adapters and enabled != self.adapters_enabled:
             self._exchange()
         super().enable_adapters(enabled)
 
+    def check_exchange(self, enabled: bool, sharded: bool = False) -> None:
+        """ValueError if ``enable_adapters(enabled)`` would exchange weights that are sharded, or said to be.
+
+        FSDP trains, gathers and frees the Parameter that it was given: another in its place is never sharded, and what
+        FSDP gathers goes nowhere. ``unmerge`` exchanges as ``enable_adapters(False)`` does.
+        """
+        if not self.merged_adapters or enabled == self.adapters_enabled:
+            return
+        parameters = (*self.parameters(), *self._shelf[0].parameters())
+        if sharded or any(map(_is_sharded, parameters)):
+            raise ValueError(
+                f"adapters {self.merged_adapters} were merged before the weight was sharded; unmerge before fully_shard"
+            )
+
     def _exchange(self) -> None:
+        self.check_exchange(not self.adapters_enabled)
         (shelf,) = self._shelf
         shelf.weight, self.weight = self.weight, shelf.weight
 
@@ -146,6 +169,10 @@ class FusedLayer(LoRALayer):
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias  # type: ignore[assignment]  # a Parameter, or None
         return linear.train(self.training)
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return type(parameter).__name__ == "DTensor"
 
 
 def _fits(x: Tensor, a: Tensor) -> bool:

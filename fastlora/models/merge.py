@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -40,8 +41,26 @@ def merge(model: nn.Module) -> list[MergeReport]:
     return _told([MergeReport(name, *made[1:]) for name, _, made in planned], False)
 
 
+def check_exchange(model: nn.Module, enabled: bool) -> None:
+    """ValueError if switching the adapters of ``model`` would exchange sharded weights; nothing is changed.
+
+    What a layer cannot see: FSDP leaves its outermost module's weights gathered after forward, as plain Parameters.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported, nothing is sharded by it
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    roots = [module for module in model.modules() if isinstance(module, kinds)]
+    sharded = {id(module) for root in roots for module in root.modules()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FusedLayer):
+            try:
+                layer.check_exchange(enabled, id(layer) in sharded)
+            except ValueError as error:
+                raise ValueError(f"module {name!r}: {error}") from error
+
+
 def unmerge(model: nn.Module) -> None:
     """The weights from before ``merge``."""
+    check_exchange(model, False)
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
             layer.unmerge()

@@ -142,12 +142,18 @@ class PeftModel(_Delegate):
             )
 
     def enable_adapter_layers(self) -> None:
-        """Let the adapters act again."""
+        """Let the adapters act again.
+
+        Raises:
+            ValueError: adapters were merged, and the weights were sharded since; so for ``disable_adapter_layers``.
+        """
+        merge.check_exchange(self, True)
         for module in self._adapter_modules():
             module.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
         """Make the model act as its base."""
+        merge.check_exchange(self, False)
         for module in self._adapter_modules():
             module.enable_adapters(False)
 
@@ -187,8 +193,12 @@ class PeftModel(_Delegate):
         return merge.merge(self.get_base_model())
 
     def unmerge_adapter(self) -> None:
-        """The base weights from before ``merge_adapter``, bit for bit, and the adapter beside them."""
-        merge.unmerge(self.get_base_model())
+        """The base weights from before ``merge_adapter``, bit for bit, and the adapter beside them.
+
+        Raises:
+            ValueError: the weights were sharded since (``fully_shard``); the model is then as it was.
+        """
+        merge.unmerge(self)
 
     def merge_and_unload(self, dequantize: bool = False) -> nn.Module:
         """The base model with the active adapter in its weights and none of fastlora's adapter layers left.

@@ -271,3 +271,31 @@ def test_fully_sharded_data_parallel(
     elif what != "blocks":
         with pytest.raises(ValueError, match="fully_shard"):
             fastlora.restore(model)
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_weights_merged_before_they_were_sharded_are_not_exchanged(ran: bool, whole: bool) -> None:
+    """FSDP would go on with a Parameter that is in the model no more. After a forward the outermost module's are plain."""
+    from torch.distributed import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model, ids = own("llama").eval(), some_ids()
+    model.merge_adapter()
+    want = logits(model, ids).detach()
+    # Of several layers, the last alone is sharded: the first must not be exchanged before that is seen.
+    fully_shard(model if whole else model.get_base_model().model.layers[-1], mesh=mesh)
+    if ran:
+        torch.testing.assert_close(logits(model, ids), want)
+    else:
+        layer = model.get_base_model().model.layers[-1].mlp.down_proj
+        for call in (layer.unmerge, lambda: layer.enable_adapters(False)):
+            with pytest.raises(ValueError, match="unmerge before fully_shard"):
+                call()
+    for call in (model.unmerge_adapter, model.disable_adapter_layers, lambda: model.disable_adapter().__enter__()):  # fmt: skip
+        with pytest.raises(ValueError, match="merged before the weight was sharded; unmerge before fully_shard"):  # fmt: skip
+            call()
+        torch.testing.assert_close(logits(model, ids), want)
+    model.enable_adapter_layers()  # nothing to exchange
