@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,15 +70,16 @@ class FusedLayer(LoRALayer):
         self.use_merged(made.weight)
         return made
 
-    @torch.no_grad()
     def merged_weight(self, dequantize: bool = False) -> Merged:
         """W + sum of s B A over the acting adapters, summed in fp32, as the layer would keep it; nothing is changed.
+
+        The result does not depend on what is around the call: autocast, TF32, inference mode.
 
         Args:
             dequantize: a 4-bit weight comes as floats of the dtype it once had, rather than quantised again.
 
         Raises:
-            ValueError: the weight is sharded or on the meta device, the sum overflows or holds NaN, or it is FP4.
+            ValueError: the weight is sharded or on the meta device, the sum overflows or is not finite, or it is FP4.
         """
         if not self.acting_adapters() and not dequantize:
             return Merged(self.weight, 0.0, 0.0)
@@ -87,24 +87,40 @@ class FusedLayer(LoRALayer):
             if parameter.is_meta or _is_sharded(parameter):
                 place = "on the meta device" if parameter.is_meta else "sharded"
                 raise ValueError(f"weight: is {place}; merge where it is whole")
-        base = exact = self._floats()
-        for name in self.acting_adapters():
-            a, b = self.lora_A[name].to(base.dtype), self.lora_B[name].to(base.dtype)
-            exact = exact + (b @ a) * self.scaling[name]
-        total, update = self._finite_norm(exact), self._finite_norm(exact - base)
-        weight = self._stored(exact, dequantize)
-        kept = weight.dequantize(exact.dtype) if isinstance(weight, NF4Tensor) else weight
-        error = self._finite_norm(kept - exact)
+        # Tensors made in inference mode could not be trained on later.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self.weight.device.type, enabled=False),
+        ):
+            base = self._floats()
+            exact = self._with_updates(base)
+            weight = self._stored(exact, dequantize)
+            kept = weight.dequantize(exact.dtype) if isinstance(weight, NF4Tensor) else weight
+            self._check_finite(kept)
+            total, update, error = map(_norm, (exact, exact - base, kept - exact))
         return Merged(weight, error / (total or 1.0), update / (total or 1.0))
 
-    def _finite_norm(self, matrix: Tensor) -> float:
-        norm = float(torch.linalg.vector_norm(matrix))
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"weight: with adapters {self.acting_adapters()} in it, it overflows {self._base_device_dtype()[1]} or holds "
-                "NaN; look for the step that did it"
+    def _with_updates(self, base: Tensor) -> Tensor:
+        """base + sum of s B A, a new tensor."""
+        exact = base.clone()
+        for name in self.acting_adapters():
+            # In fp64, which TF32 does not touch, and by rows: whole, it would be the largest tensor of the merge.
+            a, scaling = self.lora_A[name].double(), float(self.scaling[name])
+            for rows, b in zip(exact.split(1024), self.lora_B[name].split(1024), strict=True):
+                rows += (b.double() @ a) * scaling
+        self._check_finite(exact)
+        return exact
+
+    def _check_finite(self, weight: Tensor) -> None:
+        if not bool(torch.isfinite(weight).all()):
+            names = self.acting_adapters()
+            what = (
+                f"with adapters {names} in it, it" if names else "the base's own, no adapter in it,"
             )
-        return norm
+            raise ValueError(
+                f"weight: {what} overflows {weight.dtype} or holds NaN or infinity; look for the step that did it"
+            )
 
     def use_merged(self, weight: Tensor | NF4Tensor) -> None:
         """Go on with ``weight``, which holds the acting adapters, until ``unmerge``."""
@@ -169,6 +185,10 @@ class FusedLayer(LoRALayer):
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias  # type: ignore[assignment]  # a Parameter, or None
         return linear.train(self.training)
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def _is_sharded(parameter: Tensor) -> bool:

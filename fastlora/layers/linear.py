@@ -133,7 +133,12 @@ class LoRALinear(FusedLayer):
         return self.weight.device, self.weight.dtype
 
     def reset_parameters(self) -> None:
-        """Draw the base anew as nn.Linear does, then every adapter (after the meta device, say)."""
+        """Draw the base anew as nn.Linear does, then every adapter (after the meta device, say).
+
+        Raises:
+            ValueError: adapters are merged into the weight.
+        """
+        self.check_unmerged("reset_parameters")
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # it reads weight and bias alone
         self.reset_adapters()
 

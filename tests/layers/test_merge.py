@@ -194,9 +194,11 @@ def test_refusals_change_nothing(kind):
         made.merge()
     made.enable_adapters(True)
     made.merge()
-    for call in (made.merge, lambda: made.add_adapter("more"), made.reset_adapters, lambda: made.set_adapter("default")):  # fmt: skip
+    merged = bits(made)
+    for call in (made.merge, lambda: made.add_adapter("more"), made.reset_adapters, getattr(made, "reset_parameters", made.merge), lambda: made.set_adapter("default")):  # fmt: skip
         with pytest.raises(ValueError, match="are merged into the weight; unmerge first"):
             call()
+        assert all(torch.equal(value, merged[name]) for name, value in bits(made).items())
     with pytest.raises(ValueError, match="on the meta device"):
         layer(kind).to("meta").merge()
 
@@ -207,6 +209,49 @@ def test_overflow_is_refused():
         made.lora_B["default"].fill_(1e6)
     with pytest.raises(ValueError, match=r"overflows torch\.float16"):
         made.merge()
+
+
+def test_a_base_that_is_not_finite_is_not_laid_to_adapters():
+    made = layer(QLoRALinear)
+    with torch.no_grad():
+        made.weight.absmax.fill_(255)
+        made.weight.nested_absmax.view(FP32).fill_(float("inf"))
+    made.enable_adapters(False)
+    with pytest.raises(ValueError, match="the base's own, no adapter in it, overflows"):
+        made.merged_weight(dequantize=True)
+
+
+def test_large_values_are_not_taken_for_overflow():
+    made = layer(LoRALinear, BF16)
+    with torch.no_grad():
+        made.weight.fill_(1e30)  # its square is infinite in fp32
+    assert made.merge().error < 0.01
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, QLoRALinear])
+def test_neither_autocast_nor_a_wide_scaling_changes_the_merge(kind, device):
+    made = layer(kind, device=device)
+    want = made.merged_weight(dequantize=True)
+    assert torch.equal(want.weight, exact_of(made).float())  # rounded once
+    made.scaling["default"] = torch.tensor([made.scaling["default"]], dtype=FP64, device=device)
+    with torch.autocast(device.type, BF16):
+        got = made.merged_weight(dequantize=True)
+        merged = made.merge()
+    assert torch.equal(got.weight, want.weight) and got[1:] == want[1:]
+    if kind is LoRALinear:
+        assert made.weight.dtype == FP32 and torch.equal(merged.weight, want.weight)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, QLoRALinear])
+def test_what_is_merged_in_inference_mode_can_be_trained_on(kind):
+    made, x = layer(kind), torch.randn(3, K)
+    with torch.inference_mode():
+        made.merge()
+        base = made.as_base(made.weight)
+    assert not any(p.is_inference() for m in (made, base) for p in m.parameters())
+    outside = nn.Linear(K, K)
+    base(outside(x)).sum().backward()
+    made(outside(x)).sum().backward()
 
 
 def test_what_is_not_ours_to_write_is_refused():
