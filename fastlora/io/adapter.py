@@ -55,8 +55,8 @@ def save_adapter(
 
     Raises:
         TypeError: ``model`` is no fastlora.PeftModel.
-        ValueError: it has no such adapter; ``path`` is a file; or ``state_dict`` lacks some of the
-            adapter.
+        ValueError: it has no such adapter, or no more (``merge_and_unload``); ``path`` is a file; or
+            ``state_dict`` lacks some of the adapter.
         OSError: the files could not be written; what was there before is still there.
     """
     if not isinstance(model, PeftModel):
@@ -181,6 +181,11 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, _Entry]:
         elif isinstance(module, TrainableCopy) and adapter_name in module.modules_to_save:
             for key, tensor in module.modules_to_save[adapter_name].state_dict().items():
                 entries[f"{at}{key}"] = _Entry(f"{at}modules_to_save.{adapter_name}.{key}", tensor)
+    if not entries:  # trained biases outlast an unloading, and are no adapter
+        raise ValueError(
+            f"model: has nothing of adapter {adapter_name!r} left, for its adapters were merged and unloaded; save before "
+            "merge_and_unload, and load into a model that get_peft_model made anew"
+        )
     for name, bias in trained_biases(base, model.peft_config[adapter_name]).items():
         in_file = f"{name.removesuffix('bias')}base_layer.bias" if name in adapted else name
         entries[f"{_PREFIX}{in_file}"] = _Entry(f"{_PREFIX}{name}", bias)

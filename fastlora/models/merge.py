@@ -36,9 +36,11 @@ def report(model: nn.Module, dequantize: bool) -> list[MergeReport]:
 def merge(model: nn.Module) -> list[MergeReport]:
     """Merge in place, keeping the originals, and warn of what it cost."""
     planned = list(_made(model, False))
+    reports = [MergeReport(name, *made[1:]) for name, _, made in planned]
+    _warn(reports, False)  # before anything is changed: a warning may be an error
     for _, layer, made in planned:
         layer.use_merged(made.weight)
-    return _told([MergeReport(name, *made[1:]) for name, _, made in planned], False)
+    return reports
 
 
 def check_exchange(model: nn.Module, enabled: bool) -> None:
@@ -72,7 +74,7 @@ def unload(model: nn.Module, dequantize: bool) -> None:
     copies = [(name, m) for name, m in model.named_modules() if isinstance(m, TrainableCopy)]
     swaps = [(name, layer.as_base(made.weight)) for name, layer, made in planned]
     swaps += [(name, copy.acting()) for name, copy in copies]
-    _told([MergeReport(name, *made[1:]) for name, layer, made in planned if layer.r], dequantize)
+    _warn([MergeReport(name, *made[1:]) for name, layer, made in planned if layer.r], dequantize)
     for name, module in swaps:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
@@ -104,7 +106,7 @@ def _made(
             yield name, layer, made
 
 
-def _told(reports: list[MergeReport], dequantize: bool) -> list[MergeReport]:
+def _warn(reports: list[MergeReport], dequantize: bool) -> None:
     losing = [r for r in reports if r.error > _NOTICEABLE * r.update]
     if losing:
         worst = max(losing, key=lambda r: r.error)
@@ -115,4 +117,3 @@ def _told(reports: list[MergeReport], dequantize: bool) -> list[MergeReport]:
             f"merge_report() lists all{advice}",
             stacklevel=4,
         )
-    return reports

@@ -119,6 +119,31 @@ def test_unloaded_in_four_bits_and_in_floats(tmp_path):
     assert torch.equal(logits(again, ids), logits(merged, ids))
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_warning_that_is_an_error_leaves_all_as_it_was(call):
+    model = own(quantize="nf4")
+    before, modules = values(model), list(model.named_modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="merging rounds away"):
+            getattr(model, call)()
+    assert list(model.named_modules()) == modules
+    assert_same(model, before)
+    assert not any(m.merged_adapters for m in model.modules() if isinstance(m, QLoRALinear))
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_an_adapter_that_was_unloaded_does_not_replace_its_file(tmp_path, bias):
+    model = own(tiny_llama(attention_bias=True), bias=bias)
+    fastlora.save_adapter(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model.merge_and_unload()
+    for call in (fastlora.save_adapter, lambda m, p: m.save_pretrained(p), fastlora.load_adapter):
+        with pytest.raises(ValueError, match="merged and unloaded; save before"):
+            call(model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def spoil(model):
     """The last of the layers cannot be merged."""
     layers = [m for m in model.modules() if isinstance(m, (LoRALinear, QLoRALinear)) and m.r]
