@@ -191,7 +191,7 @@ class LoRALayer(nn.Module):
         """Switch all adapters on or off; off, the layer is its base."""
         self.adapters_enabled = enabled
 
-    def merged_weight(self, dequantize: bool = False) -> Merged:
+    def merged_weight(self, dequantize: bool | torch.dtype = False) -> Merged:
         """The base weight with the acting adapters in it; nothing is changed.
 
         Raises:

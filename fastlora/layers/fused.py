@@ -38,8 +38,8 @@ class FusedLayer(LoRALayer):
         """The weight [N, K] in fp32, or in fp64 if it is that."""
         raise NotImplementedError
 
-    def _stored(self, exact: Tensor, dequantize: bool) -> Tensor | NF4Tensor:
-        """``exact`` [N, K] as the layer keeps its weight, or with ``dequantize`` in floats."""
+    def _stored(self, exact: Tensor, dequantize: bool | torch.dtype) -> Tensor | NF4Tensor:
+        """``exact`` [N, K] as the layer keeps its weight, or with ``dequantize`` in floats; see ``merged_weight``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,13 +70,14 @@ class FusedLayer(LoRALayer):
         self.use_merged(made.weight)
         return made
 
-    def merged_weight(self, dequantize: bool = False) -> Merged:
+    def merged_weight(self, dequantize: bool | torch.dtype = False) -> Merged:
         """W + sum of s B A over the acting adapters, summed in fp32, as the layer would keep it; nothing is changed.
 
         The result does not depend on what is around the call: autocast, TF32, inference mode.
 
         Args:
-            dequantize: a 4-bit weight comes as floats of the dtype it once had, rather than quantised again.
+            dequantize: a 4-bit weight comes as floats of this dtype, rather than quantised again. True: of the bias's,
+                which follows casts of the layer, or without one of the dtype that the weight was quantised from.
 
         Raises:
             ValueError: the weight is sharded or on the meta device, the sum overflows or is not finite, or it is FP4.
@@ -179,11 +180,18 @@ class FusedLayer(LoRALayer):
         return f"{super().extra_repr()}, bias={self.bias is not None}"
 
     def as_base(self, weight: Tensor | NF4Tensor) -> nn.Module:
-        """A layer without adapters over ``weight`` and this one's bias."""
+        """A layer without adapters over ``weight`` and this one's bias, the Parameter itself where its dtype fits."""
         assert isinstance(weight, Tensor)
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = self.bias  # type: ignore[assignment]  # a Parameter, or None
+        if not isinstance(
+            weight, nn.Parameter
+        ):  # one is the weight as it was, maybe another module's too
+            weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = weight
+        bias = self.bias
+        if bias is not None and bias.dtype != weight.dtype:
+            bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
+        linear.bias = bias  # type: ignore[assignment]  # a Parameter, or None
         return linear.train(self.training)
 
 

@@ -126,7 +126,7 @@ class LoRALinear(FusedLayer):
     def _floats(self) -> Tensor:
         return self.weight.data.to(torch.promote_types(self.weight.dtype, torch.float32))
 
-    def _stored(self, exact: Tensor, dequantize: bool) -> Tensor:
+    def _stored(self, exact: Tensor, dequantize: bool | torch.dtype) -> Tensor:
         return exact.to(self.weight.dtype)
 
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:

@@ -159,13 +159,19 @@ class QLoRALinear(FusedLayer):
     def _floats(self) -> Tensor:
         return self.weight.dequantize(torch.float32)
 
-    def _stored(self, exact: Tensor, dequantize: bool) -> Tensor | NF4Tensor:
-        return exact.to(self.weight.dtype) if dequantize else self.weight.requantize(exact)
+    def _stored(self, exact: Tensor, dequantize: bool | torch.dtype) -> Tensor | NF4Tensor:
+        if not dequantize:
+            return self.weight.requantize(exact)
+        if dequantize is True:
+            dequantize = self.weight.dtype if self.bias is None else self.bias.dtype
+        return exact.to(dequantize)
 
     def as_base(self, weight: Tensor | NF4Tensor) -> nn.Module:
         """In 4 bits a QLoRALinear without adapters, in floats an nn.Linear."""
         if isinstance(weight, NF4Tensor):
-            return type(self).from_quantized(weight, self.bias, r=None).train(self.training)
+            layer = type(self).from_quantized(weight, r=None)
+            layer.bias = self.bias  # itself: it may be trained
+            return layer.train(self.training)
         return super().as_base(weight)
 
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ..layers import LoRALayer, TrainableCopy
@@ -28,7 +30,7 @@ class MergeReport(NamedTuple):
     update: float
 
 
-def report(model: nn.Module, dequantize: bool) -> list[MergeReport]:
+def report(model: nn.Module, dequantize: bool | torch.dtype) -> list[MergeReport]:
     """What ``merge`` would cost; nothing is changed, and one layer at a time is made."""
     return [MergeReport(name, *made[1:]) for name, _, made in _made(model, dequantize)]
 
@@ -68,9 +70,9 @@ def unmerge(model: nn.Module) -> None:
             layer.unmerge()
 
 
-def unload(model: nn.Module, dequantize: bool) -> None:
+def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
     """Merge, and put layers without adapters where those with are; with ``dequantize`` none stays in 4 bits."""
-    planned = list(_made(model, dequantize, every_layer=True))
+    planned = list(_made(model, dequantize, unloading=True))
     copies = [(name, m) for name, m in model.named_modules() if isinstance(m, TrainableCopy)]
     swaps = [(name, layer.as_base(made.weight)) for name, layer, made in planned]
     swaps += [(name, copy.acting()) for name, copy in copies]
@@ -81,9 +83,9 @@ def unload(model: nn.Module, dequantize: bool) -> None:
 
 
 def _made(
-    model: nn.Module, dequantize: bool, every_layer: bool = False
+    model: nn.Module, dequantize: bool | torch.dtype, unloading: bool = False
 ) -> Iterator[tuple[str, FusedLayer, Merged]]:
-    """(name, layer, its merged weight) of the layers where an adapter acts, or of ``every_layer``.
+    """(name, layer, its merged weight) of the layers where an adapter acts, or if ``unloading`` of all that cannot stay.
 
     Raises:
         ValueError: adapters are merged already, or none acts; and as ``FusedLayer.merged_weight``.
@@ -96,8 +98,10 @@ def _made(
         raise ValueError(
             "merge: no adapter acts; enable_adapter_layers() or set_adapter(...) first"
         )
+    if dequantize is True:
+        dequantize = _float_dtype(model, layers) or True
     for name, layer in layers:
-        if every_layer or layer.acting_adapters():
+        if layer.acting_adapters() or (unloading and (layer.r or dequantize)):
             try:
                 made = layer.merged_weight(dequantize)
             except (ValueError, NotImplementedError) as error:
@@ -106,7 +110,20 @@ def _made(
             yield name, layer, made
 
 
-def _warn(reports: list[MergeReport], dequantize: bool) -> None:
+def _float_dtype(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> torch.dtype | None:
+    """What the model computes in: the dtype of most of its float parameters but for adapters. None: it has none.
+
+    A 4-bit weight knows the dtype that it was quantised from, and not that the model was cast since.
+    """
+    adapters = {id(p) for _, m in layers for p in (*m.lora_A.values(), *m.lora_B.values())}
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in adapters:
+            sizes[parameter.dtype] += parameter.numel()
+    return max(sizes, key=sizes.__getitem__) if sizes else None
+
+
+def _warn(reports: list[MergeReport], dequantize: bool | torch.dtype) -> None:
     losing = [r for r in reports if r.error > _NOTICEABLE * r.update]
     if losing:
         worst = max(losing, key=lambda r: r.error)

@@ -170,7 +170,7 @@ class PeftModel(_Delegate):
 
     # Merging.
 
-    def merge_report(self, dequantize: bool = False) -> list[MergeReport]:
+    def merge_report(self, dequantize: bool | torch.dtype = False) -> list[MergeReport]:
         """What merging would cost, layer by layer; nothing is changed. See ``merge_adapter`` and ``merge_and_unload``."""
         return merge.report(self.get_base_model(), dequantize)
 
@@ -200,15 +200,16 @@ class PeftModel(_Delegate):
         """
         merge.unmerge(self)
 
-    def merge_and_unload(self, dequantize: bool = False) -> nn.Module:
+    def merge_and_unload(self, dequantize: bool | torch.dtype = False) -> nn.Module:
         """The base model with the active adapter in its weights and none of fastlora's adapter layers left.
 
         All weights are made before the first is replaced, so that for a moment there are two of each. It warns as
         ``merge_adapter`` does. Biases and ``modules_to_save`` come out as they were trained.
 
         Args:
-            dequantize: every 4-bit linear becomes an nn.Linear in the dtype it was quantised from, which transformers saves
-                and any engine reads. False: it stays a ``QLoRALinear``, quantised again.
+            dequantize: every 4-bit linear becomes an nn.Linear of this dtype, which transformers saves and any engine
+                reads. True: of the dtype that most of the model's other parameters have. False: it stays a
+                ``QLoRALinear``, quantised again; what transformers' ``save_pretrained`` writes of that, nothing reads.
 
         Raises:
             ValueError, NotImplementedError: as ``merge_adapter``; the model is then as it was.

@@ -166,6 +166,14 @@ def test_merged_weight_changes_nothing_and_dequantises():
         assert torch.equal(value, before[name])
 
 
+def test_dequantised_weights_have_the_dtype_asked_for_or_the_bias_s():
+    made = layer(QLoRALinear).to(BF16)
+    assert made.merged_weight(dequantize=True).weight.dtype == BF16
+    assert made.merged_weight(dequantize=FP16).weight.dtype == FP16
+    made.bias = None
+    assert made.merged_weight(dequantize=True).weight.dtype == FP32
+
+
 def test_a_merged_layer_trains_nothing_and_passes_gradients():
     made = layer(QLoRALinear)
     made.merge()

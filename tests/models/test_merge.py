@@ -144,6 +144,44 @@ def test_an_adapter_that_was_unloaded_does_not_replace_its_file(tmp_path, bias):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("attention_bias", [True, False])
+@pytest.mark.parametrize(("first", "then"), [(torch.float32, BF16), (BF16, torch.float32)])
+def test_what_is_dequantised_has_the_dtype_that_the_model_was_cast_to(first, then, attention_bias):
+    model = own(tiny_llama(dtype=first, attention_bias=attention_bias), quantize="nf4").to(then)
+    merged = model.merge_and_unload(dequantize=True)
+    assert {p.dtype for p in merged.parameters()} == {then}
+    assert logits(merged, some_ids()).dtype == then
+    model = own(tiny_llama(dtype=first, attention_bias=attention_bias), quantize="nf4")
+    merged = model.merge_and_unload(dequantize=torch.float16)
+    linears = [m for m in merged.model.modules() if isinstance(m, nn.Linear)]
+    assert {p.dtype for m in linears for p in m.parameters()} == {torch.float16}
+
+
+def test_a_model_of_nothing_but_four_bits_is_dequantised_to_what_it_was():
+    net = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=BF16))
+    model = own(net, quantize="nf4", target_modules=["0"])
+    assert model.merge_and_unload(dequantize=True)[0].weight.dtype == BF16
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_trained_bias_comes_out_of_four_bits_itself(dequantize):
+    model = own(tiny_llama(attention_bias=True), quantize="nf4", bias="lora_only")
+    before = model.get_base_model().model.layers[0].self_attn.q_proj.bias
+    assert before.requires_grad
+    after = model.merge_and_unload(dequantize).model.layers[0].self_attn.q_proj
+    assert not isinstance(after, QLoRALinear) if dequantize else not after.r
+    assert after.bias is before and before.requires_grad
+
+
+def test_layers_without_adapters_stay_themselves_in_four_bits():
+    model = own(quantize="nf4")
+    untouched = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, QLoRALinear) and not m.r}  # fmt: skip
+    assert len(untouched) == 10
+    merged = model.merge_and_unload()
+    for name, module in untouched.items():
+        assert merged.get_submodule(name) is module
+
+
 def spoil(model):
     """The last of the layers cannot be merged."""
     layers = [m for m in model.modules() if isinstance(m, (LoRALinear, QLoRALinear)) and m.r]
