@@ -82,7 +82,7 @@ class FusedLayer(LoRALayer):
         Raises:
             ValueError: the weight is sharded or on the meta device, the sum overflows or is not finite, or it is FP4.
         """
-        if not self.acting_adapters() and not dequantize:
+        if not self.acting_adapters() and not (dequantize and isinstance(self.weight, NF4Tensor)):
             return Merged(self.weight, 0.0, 0.0)
         for parameter in self.parameters():
             if parameter.is_meta or _is_sharded(parameter):

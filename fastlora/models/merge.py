@@ -40,6 +40,11 @@ def merge(model: nn.Module) -> list[MergeReport]:
     planned = list(_made(model, False))
     reports = [MergeReport(name, *made[1:]) for name, _, made in planned]
     _warn(reports, False)  # before anything is changed: a warning may be an error
+    _warn_of_ties(
+        model,
+        [name for name, *_ in planned],
+        "before unmerge_adapter(), tie_weights() would undo that",
+    )
     for _, layer, made in planned:
         layer.use_merged(made.weight)
     return reports
@@ -76,10 +81,22 @@ def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
     copies = [(name, m) for name, m in model.named_modules() if isinstance(m, TrainableCopy)]
     swaps = [(name, layer.as_base(made.weight)) for name, layer, made in planned]
     swaps += [(name, copy.acting()) for name, copy in copies]
-    _warn([MergeReport(name, *made[1:]) for name, layer, made in planned if layer.r], dequantize)
+    merged = [(name, made) for name, layer, made in planned if layer.acting_adapters()]
+    _warn([MergeReport(name, *made[1:]) for name, made in merged], dequantize)
+    _warn_of_ties(
+        model,
+        [name for name, _ in merged],
+        "config.tie_word_embeddings becomes False where it said so",
+    )
+    were_tied = _ends_are_tied(model)
     for name, module in swaps:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
+    if were_tied and not _ends_are_tied(model):
+        # Or the next tie_weights(), which from_pretrained calls too, would drop the update.
+        config: Any = getattr(model, "config", None)
+        for part in filter(None, (config, getattr(config, "text_config", None))):
+            part.tie_word_embeddings = False
 
 
 def _made(
@@ -121,6 +138,34 @@ def _float_dtype(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> torch
         if parameter.is_floating_point() and id(parameter) not in adapters:
             sizes[parameter.dtype] += parameter.numel()
     return max(sizes, key=sizes.__getitem__) if sizes else None
+
+
+def _warn_of_ties(model: nn.Module, merged: list[str], what: str) -> None:
+    """Say which of the ``merged`` layers share their weight with another module, which goes on with the old one."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(name)
+    for name in merged:
+        others = [n for n in holders.get(id(model.get_submodule(name).weight), []) if n != name]
+        if others:
+            warnings.warn(
+                f"merging gives {name!r} a weight of its own, which it shared with {others[0]!r}: that one has no update. "
+                f"They must not be tied again; {what}",
+                stacklevel=4,
+            )
+
+
+def _ends_are_tied(model: Any) -> bool:
+    """Whether a transformers model's output layer has the weight of its input embeddings."""
+    try:
+        first, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    except (
+        AttributeError,
+        NotImplementedError,
+    ):  # no such ends: a plain torch model, or one without text
+        return False
+    return first is last
 
 
 def _warn(reports: list[MergeReport], dequantize: bool | torch.dtype) -> None:

@@ -249,12 +249,51 @@ def test_what_cannot_be_merged_says_so():
         model.merge_and_unload()
 
 
+TIED = "'lm_head' a weight of its own, which it shared with 'model.embed_tokens'"
+
+
 def test_a_weight_tied_to_another_module_is_merged_alone():
     base = tiny_llama(tie_word_embeddings=True)
     embedding = base.model.embed_tokens.weight
     before = embedding.detach().clone()
     model = own(base, target_modules=["lm_head"])
-    model.merge_adapter()
+    with pytest.warns(UserWarning, match=TIED) as caught:
+        model.merge_adapter()
+    assert caught[0].filename == __file__
     assert base.lm_head.weight is not embedding and torch.equal(embedding, before)
     model.unmerge_adapter()
-    assert base.lm_head.weight is embedding
+    assert base.lm_head.weight is embedding and base.config.tie_word_embeddings
+
+
+def test_a_weight_that_was_tied_stays_merged_when_it_is_saved(tmp_path):
+    ids, model = some_ids(), own(tiny_llama(tie_word_embeddings=True), target_modules=["lm_head"])
+    want = logits(model, ids)
+    with pytest.warns(UserWarning, match=TIED):
+        merged = model.merge_and_unload()
+    merged.tie_weights()
+    torch.testing.assert_close(logits(merged, ids), want)
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again, ids), want)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_tied_weight_that_gets_no_update_stays_tied(dequantize):
+    model = own(tiny_llama(tie_word_embeddings=True), target_modules=["lm_head", "q_proj"])
+    model.get_base_model().lm_head.set_adapter("another")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = model.merge_and_unload(dequantize)
+    assert type(merged.lm_head) is nn.Linear and merged.config.tie_word_embeddings
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_a_model_without_embeddings_is_unloaded():
+    class Blind(nn.Sequential):
+        config = None
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    model = own(Blind(nn.Linear(8, 8)), target_modules=["0"])
+    assert type(model.merge_and_unload()[0]) is nn.Linear
