@@ -14,6 +14,7 @@ from torch import nn
 from ..layers import LoRALayer, TrainableCopy
 from ..layers.base import Merged
 from ..layers.fused import FusedLayer
+from ..layers.plain import FLOATS
 
 _NOTICEABLE = 0.1  # of an update: what rounding may take of it without a warning
 
@@ -105,9 +106,13 @@ def _made(
     """(name, layer, its merged weight) of the layers where an adapter acts, or if ``unloading`` of all that cannot stay.
 
     Raises:
-        ValueError: adapters are merged already, or none acts; and as ``FusedLayer.merged_weight``.
+        ValueError: ``dequantize`` is none of these, adapters are merged already, or none acts; and as ``FusedLayer.merged_weight``.
         NotImplementedError: a layer that cannot be merged.
     """
+    if not isinstance(dequantize, bool) and dequantize not in FLOATS:
+        raise ValueError(
+            f"dequantize: got {dequantize!r}; accepted are True, False and {', '.join(map(str, FLOATS))}"
+        )
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
     if any(layer.merged_adapters for _, layer in layers):
         raise ValueError("merge: adapters are merged already; unmerge_adapter() first")

@@ -174,22 +174,31 @@ class PeftModel(_Delegate):
         """What merging would cost, layer by layer; nothing is changed. See ``merge_adapter`` and ``merge_and_unload``."""
         return merge.report(self.get_base_model(), dequantize)
 
-    def merge_adapter(self) -> list[MergeReport]:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = True
+    ) -> list[MergeReport]:
         """Put the active adapter into the base weights, W + s B A summed in fp32; ``unmerge_adapter`` takes it out again.
 
         A 4-bit weight is quantised again in blocks of the same sizes. That changes what the model computes, and may cost
         more than the adapter is worth: the report says by how much, and a warning where it takes more than a tenth of
         an update. The originals are kept beside the new weights, and disabling the adapter brings them back as well.
-        While merged nothing trains, and the state_dict holds the merged weights.
+        While merged nothing trains. The state_dict then holds the merged weights and the adapter: loaded into a model
+        that is not merged, the adapter would count twice. ``unmerge_adapter`` before a checkpoint is written.
+
+        Args:
+            adapter_names: PEFT's; None or the active adapter.
+            safe_merge: PEFT's; either way a sum that is not finite is refused.
 
         Returns:
             A ``MergeReport(name, error, update)`` for each merged layer.
 
         Raises:
-            ValueError: merged already, no adapter acts, or a weight that cannot be merged (sharded, FP4, NaN in an adapter).
+            ValueError: merged already, no adapter acts, ``adapter_names`` are others, or a weight that cannot be merged
+                (sharded, FP4, NaN in an adapter).
             NotImplementedError: a layer whose base is not fastlora's to write (bitsandbytes', Conv1D). The model is then
                 as it was.
         """
+        self._check_active(adapter_names)
         return merge.merge(self.get_base_model())
 
     def unmerge_adapter(self) -> None:
@@ -200,7 +209,14 @@ class PeftModel(_Delegate):
         """
         merge.unmerge(self)
 
-    def merge_and_unload(self, dequantize: bool | torch.dtype = False) -> nn.Module:
+    def merge_and_unload(
+        self,
+        dequantize: bool | torch.dtype = False,
+        *,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         """The base model with the active adapter in its weights and none of fastlora's adapter layers left.
 
         All weights are made before the first is replaced, so that for a moment there are two of each. It warns as
@@ -210,13 +226,23 @@ class PeftModel(_Delegate):
             dequantize: every 4-bit linear becomes an nn.Linear of this dtype, which transformers saves and any engine
                 reads. True: of the dtype that most of the model's other parameters have. False: it stays a
                 ``QLoRALinear``, quantised again; what transformers' ``save_pretrained`` writes of that, nothing reads.
+            progressbar: PEFT's; there is none.
+            safe_merge, adapter_names: see ``merge_adapter``.
 
         Raises:
             ValueError, NotImplementedError: as ``merge_adapter``; the model is then as it was.
         """
+        self._check_active(adapter_names)
         base = self.get_base_model()
         merge.unload(base, dequantize)
         return base
+
+    def _check_active(self, adapter_names: list[str] | None) -> None:
+        if adapter_names is not None and list(adapter_names) != self.active_adapters:
+            raise ValueError(
+                f"adapter_names: got {adapter_names!r}; accepted is None or the active {self.active_adapters}. "
+                "set_adapter makes another active"
+            )
 
     def check_unmerged(self, what: str) -> None:
         """ValueError if adapters are merged."""

@@ -297,3 +297,18 @@ def test_a_model_without_embeddings_is_unloaded():
 
     model = own(Blind(nn.Linear(8, 8)), target_modules=["0"])
     assert type(model.merge_and_unload()[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_pefts_arguments_are_taken_or_refused_by_name(call):
+    model, peft_only = own(), {"progressbar": True} if call == "merge_and_unload" else {}
+    before = values(model)
+    with pytest.raises(ValueError, match=r"adapter_names: got \['other'\]; accepted is None or the active \['default'\]"):  # fmt: skip
+        getattr(model, call)(adapter_names=["other"])
+    if call == "merge_and_unload":
+        with pytest.raises(
+            ValueError, match=r"dequantize: got 'bf16'; accepted are True, False and"
+        ):
+            model.merge_and_unload(dequantize="bf16")
+    assert_same(model, before)
+    getattr(model, call)(adapter_names=["default"], safe_merge=True, **peft_only)
