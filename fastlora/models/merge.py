@@ -52,20 +52,35 @@ def merge(model: nn.Module) -> list[MergeReport]:
 
 
 def check_exchange(model: nn.Module, enabled: bool) -> None:
-    """ValueError if switching the adapters of ``model`` would exchange sharded weights; nothing is changed.
-
-    What a layer cannot see: FSDP leaves its outermost module's weights gathered after forward, as plain Parameters.
-    """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported, nothing is sharded by it
-    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
-    roots = [module for module in model.modules() if isinstance(module, kinds)]
-    sharded = {id(module) for root in roots for module in root.modules()}
+    """ValueError if switching the adapters of ``model`` would exchange sharded weights; nothing is changed."""
+    sharded = _under_fsdp(model)
     for name, layer in model.named_modules():
         if isinstance(layer, FusedLayer):
             try:
                 layer.check_exchange(enabled, id(layer) in sharded)
             except ValueError as error:
                 raise ValueError(f"module {name!r}: {error}") from error
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """ValueError if merging in place would put weights where FSDP keeps its own."""
+    sharded = _under_fsdp(model)
+    for name, layer in model.named_modules():
+        if id(layer) in sharded and isinstance(layer, FusedLayer) and layer.acting_adapters():
+            raise ValueError(
+                f"module {name!r}: weight: is sharded, or gathered by FSDP for a while; merge before fully_shard"
+            )
+
+
+def _under_fsdp(model: nn.Module) -> set[int]:
+    """The ids of modules whose parameters FSDP puts in and takes out.
+
+    The parameters alone do not tell: those of the outermost module stay gathered after forward, plain ones to look at.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded by it
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    roots = [module for module in model.modules() if isinstance(module, kinds)]
+    return {id(module) for root in roots for module in root.modules()}
 
 
 def unmerge(model: nn.Module) -> None:

@@ -199,6 +199,7 @@ class PeftModel(_Delegate):
                 as it was.
         """
         self._check_active(adapter_names)
+        merge.check_not_sharded(self)
         return merge.merge(self.get_base_model())
 
     def unmerge_adapter(self) -> None:

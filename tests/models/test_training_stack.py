@@ -299,3 +299,20 @@ def test_weights_merged_before_they_were_sharded_are_not_exchanged(ran: bool, wh
             call()
         torch.testing.assert_close(logits(model, ids), want)
     model.enable_adapter_layers()  # nothing to exchange
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("ran", [False, True])
+def test_what_is_sharded_is_not_merged_in_place(ran: bool) -> None:
+    """Nor while it is gathered: what is put there goes with the next gathering."""
+    from torch.distributed import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, ids = own("llama").eval(), some_ids()
+    want = logits(model, ids).detach()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    if ran:
+        torch.testing.assert_close(logits(model, ids), want)
+    with pytest.raises(ValueError, match=r"is sharded, .*merge before fully_shard"):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model, ids), want)
