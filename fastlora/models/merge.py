@@ -121,7 +121,8 @@ def _made(
     """(name, layer, its merged weight) of the layers where an adapter acts, or if ``unloading`` of all that cannot stay.
 
     Raises:
-        ValueError: ``dequantize`` is none of these, adapters are merged already, or none acts; and as ``FusedLayer.merged_weight``.
+        ValueError: ``dequantize`` is neither a bool nor a float dtype, adapters are merged already, or none acts; and as
+            ``FusedLayer.merged_weight``.
         NotImplementedError: a layer that cannot be merged.
     """
     if not isinstance(dequantize, bool) and dequantize not in FLOATS:
@@ -180,11 +181,8 @@ def _ends_are_tied(model: Any) -> bool:
     """Whether a transformers model's output layer has the weight of its input embeddings."""
     try:
         first, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    except (
-        AttributeError,
-        NotImplementedError,
-    ):  # no such ends: a plain torch model, or one without text
-        return False
+    except (AttributeError, NotImplementedError):
+        return False  # no such ends: a plain torch model, or one without text
     return first is last
 
 
