@@ -220,7 +220,7 @@ Nf4Linear linear_of(const char* op, const Tensor& x, const Tensor& codes, const 
   if (b.has_value()) {
     check(b->dim() == 2, op, ": lora_B must be a matrix");
     if (!a.has_value()) p.rank = b->size(1);
-    check(p.rank >= 1 && p.rank <= 4096, op, ": takes ranks up to 4096, got ", p.rank);
+    check(p.rank <= 4096, op, ": takes ranks up to 4096, got ", p.rank);
     p.b = factor(op, "lora_B", *b, n, p.rank, x);
     p.b_float = b->scalar_type() == ScalarType::Float;
   }

@@ -187,7 +187,7 @@ def test_few_features(n):
 
 @has("nf4_gemm")
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("rank", [1, 7, 8, 17, 64, 512])
+@pytest.mark.parametrize("rank", [0, 1, 7, 8, 17, 64, 512])
 def test_an_h_that_is_given(rank, dtype):
     q, x = exact_weight(200, 512), integers(140, 512, dtype=dtype)
     h, b = integers(140, rank, dtype=dtype), integers(200, rank, dtype=dtype, limit=1)
