@@ -98,3 +98,12 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     for name, value in before["values"].items():
         got = after["values"][name]
         torch.testing.assert_close(got, value, rtol=0, atol=0, equal_nan=True)
+
+
+def loss_and_grads(model, ids):
+    """The loss of a step that predicts ``ids``, and copies of the gradients by name."""
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads

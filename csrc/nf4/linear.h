@@ -32,7 +32,7 @@ constexpr int kMostNf4Ranks = 16;
 constexpr int kMostNf4Rows = 64;
 
 void nf4_linear_sm80(const Nf4Linear& params, CUstream_st* stream);
-// h alone, for the kernel behind it, which may start meanwhile; x's rows by the device that has it.
+// h alone, of any rows of x. The kernel behind it may be launched as its dependent.
 void nf4_ranks_sm80(const Nf4Linear& params, CUstream_st* stream);
 
 // csrc/nf4/sm90.cu: any m and, where h is given, any rank. Takes scales by four: the blocks of a

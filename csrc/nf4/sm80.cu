@@ -87,7 +87,7 @@ __device__ __forceinline__ void load_pairs(uint32_t (&pairs)[8], const From* fro
 
 // h = scale x A^T: of kTiles x 8 rows of x, all ranks. Parts of k meet in shared memory: warps, and
 // where there are clusters the CTAs of one. Both are added in order.
-constexpr int kRankWarps = 8, kRankCtas = 16;
+constexpr int kRankWarps = 8;
 
 template <class T, class A, int kTiles>
 __global__ void __launch_bounds__(kRankWarps * 32) ranks_kernel(Nf4Linear p, int splits) {
@@ -380,21 +380,19 @@ void launch(const Nf4Linear& p, CUstream_st* stream) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = p.rank > 0 && is_for_hopper(kernel) ? 1 : 0;  // it waits there
-  check_cuda(cudaLaunchKernelEx(&config, kernel, p, code_book<T>(p.fp4)), "nf4_few");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, p, code_book<T>(p.fp4)), "nf4_sm80");
 }
 
 }  // namespace
 
 void nf4_ranks_sm80(const Nf4Linear& p, CUstream_st* stream) {
   const auto launch = [&](auto* kernel, int rows) {
-    // A block or two of 64 k to a warp; but of many rows few CTAs, for the kernel behind takes all
-    // the SMs that it finds, and needs h late.
+    // A block or two of 64 k to a warp. Up to 256 rows by few CTAs, for the kernel behind takes all
+    // the SMs that it finds, and needs h late; more rows would keep few CTAs too long.
+    const int ctas = p.m <= 256 ? 16 : 128;
     const auto most = static_cast<int>(ceil_div(p.k / kBlockK, kRankWarps));
     const auto tiles = static_cast<int>(ceil_div(p.m, rows));
-    const int splits =
-        is_for_hopper(kernel)
-            ? std::max(1, std::min({8, most, (p.m <= 256 ? kRankCtas : 128) / tiles}))
-            : 1;
+    const int splits = is_for_hopper(kernel) ? std::max(1, std::min({8, most, ctas / tiles})) : 1;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = splits;
