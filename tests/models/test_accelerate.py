@@ -17,7 +17,15 @@ from torch import nn
 
 import fastlora
 from fastlora.models.peft_linear import FastLoraLinear
-from tests.tiny_models import logits, plain_net, randomize_adapters, snapshot, some_ids, tiny_llama
+from tests.tiny_models import (
+    logits,
+    loss_and_grads,
+    plain_net,
+    randomize_adapters,
+    snapshot,
+    some_ids,
+    tiny_llama,
+)
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -41,15 +49,6 @@ def fast_layers(model: nn.Module, ids: torch.Tensor) -> int:
     with torch.no_grad():
         logits(model, ids)
     return gemms()
-
-
-def loss_and_grads(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    model.zero_grad()
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    return loss.detach(), {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
 
 
 @pytest.mark.parametrize("rslora", [False, True])
