@@ -51,11 +51,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
       "Tensor? offset, int block_size, int nested_block_size, bool fp4, int begin, Tensor(a!) out) "
       "-> Tensor(a!)");
   // y [m, n] and h [m, r] (shape [0] without a), as _lora_forward_sm90 makes them, over a weight
-  // [n, k] in 4 bits: of few rows and up to 16 ranks; of any rows, and any ranks where h is given
+  // [n, k] in 4 bits, of few rows or of any: up to 16 ranks, or where h is given any
   m.def(
       "_nf4_linear_sm80(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
       "nested_code, Tensor? offset, int n, int block_size, int nested_block_size, bool fp4, "
-      "Tensor? a, Tensor? b, Tensor? bias, Tensor? scaling, float scale) -> (Tensor, Tensor)");
+      "Tensor? a, Tensor? b, Tensor? h, Tensor? bias, Tensor? scaling, float scale) -> (Tensor, "
+      "Tensor)");
   m.def(
       "_nf4_linear_sm90(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
       "nested_code, Tensor? offset, int n, int block_size, int nested_block_size, bool fp4, "

@@ -248,11 +248,22 @@ std::tuple<Tensor, Tensor> outputs(Nf4Linear& p, const Tensor& x) {
   return {y, h};
 }
 
+// An h that comes from outside, where there is one; lora_B comes with lora_A or with it.
+void take_h(const char* op, Nf4Linear& p, const Tensor& x, const OptionalTensor& a,
+            const OptionalTensor& b, const OptionalTensor& h) {
+  check(b.has_value() == (a.has_value() != h.has_value()), op,
+        ": lora_B comes with lora_A or with h");
+  if (!h.has_value()) return;
+  check_flat("h", *h, x.scalar_type(), p.m * p.rank, x);
+  check(h->numel() == p.m * p.rank, op, ": h must be [", p.m, ", ", p.rank, "]");
+  p.h = const_cast<void*>(h->const_data_ptr());
+}
+
 std::tuple<Tensor, Tensor> linear_sm80(const Tensor& x, const Tensor& codes, const Tensor& absmax,
                                        OptionalTensor nested_absmax, OptionalTensor nested_code,
                                        OptionalTensor offset, int64_t n, int64_t block_size,
                                        int64_t nested_block_size, bool fp4, OptionalTensor a,
-                                       OptionalTensor b, OptionalTensor bias,
+                                       OptionalTensor b, OptionalTensor h, OptionalTensor bias,
                                        OptionalTensor scaling, double scale) {
   constexpr auto kOp = "_nf4_linear_sm80";
   const int32_t device = x.get_device_index();
@@ -260,8 +271,8 @@ std::tuple<Tensor, Tensor> linear_sm80(const Tensor& x, const Tensor& codes, con
   Nf4Linear p = linear_of(kOp, x, codes, absmax, nested_absmax, nested_code, offset, n, block_size,
                           nested_block_size, fp4, a, b, bias, scaling, scale);
   check(p.m <= kMostNf4Rows, kOp, ": takes up to ", kMostNf4Rows, " rows, got ", p.m);
-  check(a.has_value() == b.has_value(), kOp, ": lora_A and lora_B come together");
   auto result = outputs(p, x);
+  take_h(kOp, p, x, a, b, h);
   nf4_linear_sm80(p, current_stream(device));
   return result;
 }
@@ -284,15 +295,9 @@ std::tuple<Tensor, Tensor> linear_sm90(const Tensor& x, const Tensor& codes, con
   const torch::stable::accelerator::DeviceGuard guard(device);
   Nf4Linear p = linear_of(kOp, x, codes, absmax, nested_absmax, nested_code, offset, n, block_size,
                           nested_block_size, fp4, a, b, bias, scaling, scale);
-  check(b.has_value() == (a.has_value() != h.has_value()), kOp,
-        ": lora_B comes with lora_A or with h");
   check(p.m == 1 || p.x_pitch >= p.k, kOp, ": rows of x must not overlap");
   auto result = outputs(p, x);
-  if (h.has_value()) {
-    check_flat("h", *h, x.scalar_type(), p.m * p.rank, x);
-    check(h->numel() == p.m * p.rank, kOp, ": h must be [", p.m, ", ", p.rank, "]");
-    p.h = const_cast<void*>(h->const_data_ptr());
-  }
+  take_h(kOp, p, x, a, b, h);
   Nf4Config chosen{};
   if (config.has_value()) {
     check(config->size() == 2 && (*config)[0] >= 0 && (*config)[0] <= 256 && (*config)[1] >= 0 &&

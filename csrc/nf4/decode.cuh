@@ -57,10 +57,11 @@ CodeBook code_book(bool fp4) {
 template <class T, int kShift>
 __device__ __forceinline__ void fill_table(char* table, const float* value, int thread,
                                            int threads) {
-  for (int byte = thread; byte < 256; byte += threads) {
+  // A thread writes an entry, or where there are 512 of them half of one.
+  const int parts = threads >= 512 ? 2 : 1;
+  for (int byte = thread / parts; byte < 256; byte += threads / parts) {
     const uint32_t pair = pack2<T>(value[byte / 16], value[byte % 16]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = thread % parts; i < 8; i += parts) {
       const int chunk = (i + byte) % 8;  // lanes write to different banks
       *reinterpret_cast<uint4*>(table + (byte << kShift) + chunk * 16) =
           make_uint4(pair, pair, pair, pair);

@@ -53,20 +53,18 @@ def _nf4_miss(x: Tensor, codes: Tensor, form: Form) -> str | None:
     return None
 
 
-def nf4_few_miss(
-    x: Tensor,
-    codes: Tensor,
-    form: Form,
-    a: Tensor | None,
-    b: Tensor | None,
-    rng_state: Tensor | None,
-) -> str | None:
-    """Why csrc/nf4/sm80.cu cannot make y and h of few rows in a pair of launches, or None."""
-    if rng_state is not None:
-        return "has no dropout"
-    if x.shape[0] > 64:
-        return f"is for up to 64 rows, got {x.shape[0]}"
-    return _nf4_miss(x, codes, form) or _nf4_factors_miss(x, a, b)
+# csrc/nf4/sm80.cu: up to so many rows it is faster than sm90.cu; more it takes for GPUs that have no other.
+_FEW_NF4_ROWS = 16
+_MOST_NF4_FEW_ROWS = 64
+
+
+def nf4_few_fit(x: Tensor, codes: Tensor, form: Form) -> Fit:
+    """How the tensors suit csrc/nf4/sm80.cu."""
+    m = x.shape[0]
+    if m > _MOST_NF4_FEW_ROWS:
+        return Fit(f"is for up to {_MOST_NF4_FEW_ROWS} rows, got {m}")
+    slower = "with more than a few rows csrc/nf4/sm90.cu is faster" if m > _FEW_NF4_ROWS else None
+    return Fit(_nf4_miss(x, codes, form), slower)
 
 
 def _nf4_factors_miss(x: Tensor, a: Tensor | None, b: Tensor | None) -> str | None:
@@ -99,26 +97,8 @@ def nf4_gemm_fit(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form)
     return Fit(miss, f"{x.shape[0]} rows are for a weight in floats" if slower else None)
 
 
-def nf4_few(
-    x: Tensor,
-    codes: Tensor,
-    scales: Sequence[Tensor],
-    form: Form,
-    a: Tensor | None,
-    b: Tensor | None,
-    bias: Tensor | None,
-    scaling: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(y, h) of few rows over a 4-bit weight; h has shape [0] without factors."""
-    count("nf4_few", "cuda")
-    run = torch.ops.fastlora._nf4_linear_sm80
-    rest = a, b, _bias_like(bias, x), _float32(scaling), scale
-    y, h = run(x, *_nf4_weight(codes, scales, form), *rest)
-    return y, h
-
-
-def nf4_gemm(
+def nf4_linear(
+    op: str,
     x: Tensor,
     codes: Tensor,
     scales: Sequence[Tensor],
@@ -130,11 +110,15 @@ def nf4_gemm(
     scaling: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(y, h) over a 4-bit weight. With ``a`` it makes h (else shape [0]), if ``nf4_makes_h``; or takes the ``h`` given."""
-    count("nf4_gemm", "cuda")
-    run = torch.ops.fastlora._nf4_linear_sm90
-    rest = a, b, h, _bias_like(bias, x), _float32(scaling), scale, None
-    y, made = run(x, *_nf4_weight(codes, scales, form), *rest)
+    """(y, h) over a 4-bit weight by ``nf4_few`` or ``nf4_gemm``. With ``a`` it makes h, if ``nf4_makes_h``; else it takes
+    the ``h`` given, and h comes back with shape [0]."""
+    count(op, "cuda")
+    rest = a, b, h, _bias_like(bias, x), _float32(scaling), scale
+    weight = _nf4_weight(codes, scales, form)
+    if op == "nf4_few":
+        y, made = torch.ops.fastlora._nf4_linear_sm80(x, *weight, *rest)
+    else:
+        y, made = torch.ops.fastlora._nf4_linear_sm90(x, *weight, *rest, None)
     return y, made
 
 

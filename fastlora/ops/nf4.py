@@ -78,10 +78,8 @@ def _linear(
     form = Form(rows, cols, block_size, nested_block_size, fp4)
     floats = _floats(scales)
     op = reads_codes(x, codes, floats, form, a, b, rng_state)
-    if op == "nf4_gemm":
-        return _gemm(x, codes, floats, form, a, b, bias, scaling, scale, rng_state, keep)
-    if op == "nf4_few":
-        return cuda_backend.nf4_few(x, codes, floats, form, a, b, bias, scaling, scale)
+    if op is not None:
+        return _over_codes(op, x, codes, floats, form, a, b, bias, scaling, scale, rng_state, keep)
     w = dequantize(codes, scales, form, x.dtype)
     if a is None or b is None:
         return raw.gemm(x, w, None, None, bias), x.new_empty(0)
@@ -102,21 +100,27 @@ def reads_codes(
         return None
     rank = 0 if a is None else a.shape[0]
 
-    def runs(op: str) -> bool:
-        return support.miss(op, "cuda", x.device, x.dtype, rank) is None
+    # `down` has no cuda kernel: who asks for cuda gets the linear that is cuda throughout.
+    whole = a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state)
+    if not whole and support.preference().name is not None:
+        return None
+    spare = None
+    for op, fit in (
+        ("nf4_few", lambda: cuda_backend.nf4_few_fit(x, codes, form)),
+        ("nf4_gemm", lambda: cuda_backend.nf4_gemm_fit(x, codes, scales, form)),
+    ):
+        if support.miss(op, "cuda", x.device, x.dtype, rank) is not None:
+            continue
+        suits = fit()
+        if suits == support.Fit():
+            return op
+        if suits.miss is None and op == "nf4_few":
+            spare = op  # slower than another kernel, not than a weight in floats
+    return spare
 
-    if runs("nf4_gemm"):
-        fit = cuda_backend.nf4_gemm_fit(x, codes, scales, form)
-        # `down` has no cuda kernel: who asks for cuda gets the linear that is cuda throughout.
-        whole = a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state)
-        if fit == support.Fit() and (whole or support.preference().name is None):
-            return "nf4_gemm"
-    if runs("nf4_few") and not cuda_backend.nf4_few_miss(x, codes, form, a, b, rng_state):
-        return "nf4_few"
-    return None
 
-
-def _gemm(
+def _over_codes(
+    op: str,
     x: Tensor,
     codes: Tensor,
     scales: list[Tensor],
@@ -131,10 +135,10 @@ def _gemm(
 ) -> tuple[Tensor, Tensor]:
     weight = codes, scales, form
     if a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state):
-        return cuda_backend.nf4_gemm(x, *weight, a, b, None, bias, scaling, scale)
+        return cuda_backend.nf4_linear(op, x, *weight, a, b, None, bias, scaling, scale)
     h, _ = raw.down(x, a, scaling, scale, rng_state, keep, 0)
     b = b.to(x.dtype) if b.dtype != torch.float32 else b
-    y, _ = cuda_backend.nf4_gemm(x, *weight, None, b.contiguous(), h, bias, None, 1.0)
+    y, _ = cuda_backend.nf4_linear(op, x, *weight, None, b.contiguous(), h, bias, None, 1.0)
     return y, h
 
 

@@ -69,7 +69,7 @@ ROWS = (
         _HALF_DTYPES,
         min_capability=(8, 0),
         kernel="_nf4_linear_sm80",
-        max_rank=16,
+        max_rank=MAX_RANK,
     ),
     Row(
         "nf4_gemm",

@@ -53,11 +53,11 @@ def run_nf4(m: int, n: int, k: int, dtype: torch.dtype) -> None:
         for r, factors in ((16, BF16), (5, FP32)):
             a, b = (torch.randn(s, device="cuda").to(factors) for s in ((r, k), (n, r)))
             plain = codes, absmax, None, None, None, n, 64, 1, False
-            ops._nf4_linear_sm80(x, *plain, a, b, bias, None, 0.5)
+            ops._nf4_linear_sm80(x, *plain, a, b, None, bias, None, 0.5)
             for rows in (16, 64, 256) if k % 256 == 0 else ():
                 ops._nf4_linear_sm90(x, *plain, a, b, None, bias, None, 0.5, [rows, k // 256])
         double = codes, scales, nested, code, offset, n, 64, 256, True
-        ops._nf4_linear_sm80(x, *double, None, None, None, None, 1.0)
+        ops._nf4_linear_sm80(x, *double, None, None, None, None, None, 1.0)
         if k % 256 == 0:
             b, h = (torch.randn(s, 40, device="cuda").to(BF16) for s in (n, m))
             ops._nf4_linear_sm90(x, *double, None, b, h, None, None, 1.0, None)

@@ -62,7 +62,7 @@ def run(kind, x, q, a=None, b=None, bias=None, scale=1.0, scaling=None, h=None, 
     sizes = form.rows, form.block_size, form.nested_block_size or 1, form.fp4
     weight = q.codes.view(-1), scales[0], *nested, *sizes
     if kind == "few":
-        return torch.ops.fastlora._nf4_linear_sm80(x, *weight, a, b, bias, scaling, scale)
+        return torch.ops.fastlora._nf4_linear_sm80(x, *weight, a, b, h, bias, scaling, scale)
     op = torch.ops.fastlora._nf4_linear_sm90
     return op(x, *weight, a, b, h, bias, scaling, scale, config)
 
@@ -185,13 +185,21 @@ def test_few_features(n):
         assert torch.equal(y, truth.to(BF16))
 
 
-@has("nf4_gemm")
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("rank", [0, 1, 7, 8, 17, 64, 512])
-def test_an_h_that_is_given(rank, dtype):
-    q, x = exact_weight(200, 512), integers(140, 512, dtype=dtype)
-    h, b = integers(140, rank, dtype=dtype), integers(200, rank, dtype=dtype, limit=1)
-    y, _ = run("gemm", x, q, None, b, h=h)
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        pytest.param("few", 3, marks=has("nf4_few")),
+        pytest.param("few", 13, marks=has("nf4_few")),
+        pytest.param("few", 40, marks=has("nf4_few")),
+        pytest.param("gemm", 140, marks=has("nf4_gemm")),
+    ],
+)
+def test_an_h_that_is_given(kind, rows, rank, dtype):
+    q, x = exact_weight(200, 512), integers(rows, 512, dtype=dtype)
+    h, b = integers(rows, rank, dtype=dtype), integers(200, rank, dtype=dtype, limit=1)
+    y, _ = run(kind, x, q, None, b, h=h)
     truth = x.double() @ q.dequantize(FP32).double().t() + h.double() @ b.double().t()
     assert torch.equal(y, truth.to(dtype))
 
@@ -276,9 +284,16 @@ def test_strictly_cuda_is_cuda_throughout(rank, dropout):
 
 @has("nf4_gemm")
 @pytest.mark.parametrize(
-    ("rank", "dropout", "rows"), [(64, 0.0, 40), (16, 0.5, 40), (16, 0.5, 300)]
+    ("rank", "dropout", "rows", "op"),
+    [
+        (64, 0.0, 5, "nf4_few"),
+        (16, 0.5, 16, "nf4_few"),
+        (64, 0.0, 40, "nf4_gemm"),
+        (16, 0.5, 40, "nf4_gemm"),
+        (16, 0.5, 300, "nf4_gemm"),
+    ],
 )
-def test_more_ranks_and_dropout_take_an_h_from_outside(rank, dropout, rows):
+def test_more_ranks_and_dropout_take_an_h_from_outside(rank, dropout, rows, op):
     linear = torch.nn.Linear(512, 256, device="cuda", dtype=BF16)
     layer = QLoRALinear.from_linear(linear, r=rank, lora_dropout=dropout)
     torch.nn.init.normal_(layer.lora_B["default"])
@@ -288,7 +303,7 @@ def test_more_ranks_and_dropout_take_an_h_from_outside(rank, dropout, rows):
     state = torch.cuda.get_rng_state()
     y = layer(x)
     ran = fastlora.launches()
-    assert ran[("nf4_gemm", "cuda")] == 1 and not any(op == "dequantize" for op, _ in ran), ran
+    assert ran[(op, "cuda")] == 1 and not any(name == "dequantize" for name, _ in ran), ran
     torch.cuda.set_rng_state(state)
     with fastlora.backend("triton"):
         other = layer(x)
@@ -300,18 +315,20 @@ def test_what_it_does_not_take_is_named():
     q = NF4Tensor.quantize(torch.randn(64, 128, device="cuda"))
     x = torch.randn(4, 128, device="cuda").to(BF16)
     a, b = torch.randn(16, 128, device="cuda"), torch.randn(64, 16, device="cuda")
+    h = torch.randn(4, 16, device="cuda").to(BF16)
 
-    def miss(x=x, form=q.form, a=a, b=b, state=None):
-        return cuda_backend.nf4_few_miss(x, q.codes, form, a, b, state)
+    def fit(x=x, form=q.form):
+        return cuda_backend.nf4_few_fit(x, q.codes, form)
 
-    assert miss() is None
-    assert "dropout" in miss(state=torch.zeros(2, device="cuda"))
-    assert "64 rows" in miss(x=torch.zeros(65, 128, device="cuda", dtype=BF16))
-    assert "whole blocks" in miss(form=Form(64, 128, 32, 256, False))
-    assert "whole blocks" in miss(form=Form(64, 128, 256, 256, False))
-    assert "16 ranks" in miss(a=torch.zeros(17, 128, device="cuda"))
-    assert "float32, got torch.float16" in miss(a=a.half())
-    assert "contiguous" in miss(a=torch.zeros(128, 16, device="cuda").t())
+    assert fit() == support.Fit()
+    assert "faster" in fit(x=torch.zeros(17, 128, device="cuda", dtype=BF16)).slower
+    assert "64 rows" in fit(x=torch.zeros(65, 128, device="cuda", dtype=BF16)).miss
+    assert "whole blocks" in fit(form=Form(64, 128, 32, 256, False)).miss
+    assert "whole blocks" in fit(form=Form(64, 128, 256, 256, False)).miss
+    for odd in (dict(a=torch.zeros(17, 128, device="cuda")), dict(a=a.half()),
+                dict(a=torch.zeros(128, 16, device="cuda").t()), dict(state=torch.zeros(2))):  # fmt: skip
+        assert not cuda_backend.nf4_makes_h(x, odd.get("a", a), b, odd.get("state"))
+    assert cuda_backend.nf4_makes_h(x, a, b, None)
     wrong = [
         dict(x=x.float()),
         dict(x=x[:, :64]),
@@ -319,6 +336,10 @@ def test_what_it_does_not_take_is_named():
         dict(a=a[:, :64], b=b),
         dict(a=a, b=b[:, :8]),
         dict(a=a),
+        dict(a=a, b=b, h=h),
+        dict(b=b),
+        dict(b=b, h=h[:3].contiguous()),
+        dict(b=b, h=h.float()),
         dict(a=a.half(), b=b),
         dict(a=torch.zeros(17, 128, device="cuda"), b=torch.zeros(64, 17, device="cuda")),
         dict(bias=torch.zeros(64, device="cuda")),
