@@ -42,8 +42,8 @@ def library_dequantize(
 
 
 def _nf4_miss(x: Tensor, codes: Tensor, form: Form) -> str | None:
-    """Why no kernel of csrc/nf4 can multiply by the codes as they are."""
-    m, k = x.shape
+    """Why no kernel of csrc/nf4 can multiply x (dY) by the codes as they are."""
+    m, k = x.shape[0], form.cols
     if m < 1 or k == 0 or form.rows == 0 or form.block_size < 64 or k % form.block_size:
         return "needs whole blocks of 64 elements or more in a row"
     if max(m, k, form.rows) >= 2**30 or form.rows * (k // 64) >= 2**31:
@@ -88,10 +88,21 @@ _MOST_NF4_GEMM_ROWS = 1024
 
 def nf4_gemm_fit(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form) -> Fit:
     """How the tensors suit csrc/nf4/sm90.cu."""
-    blocks = x.shape[1] // form.block_size
+    blocks = form.cols // form.block_size
     by_four = blocks % 4 == 0 and form.nested_block_size % 4 == 0
     if not by_four or scales[0].data_ptr() % (4 * scales[0].element_size()):
         return Fit("needs a multiple of four blocks in a row, and of quantised scales in a block")
+    return _nf4_fit(x, codes, form)
+
+
+def nf4_dx_fit(dy: Tensor, codes: Tensor, form: Form, rng_state: Tensor | None) -> Fit:
+    """How the tensors suit it for dX, which takes scales one by one."""
+    if rng_state is not None:
+        return Fit("has no dropout: g A is dropped over a weight in floats")
+    return _nf4_fit(dy, codes, form)
+
+
+def _nf4_fit(x: Tensor, codes: Tensor, form: Form) -> Fit:
     miss = _nf4_miss(x, codes, form)
     if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
         miss = miss or "x's rows overlap"
@@ -114,7 +125,7 @@ def nf4_few(
     count("nf4_few", "cuda")
     run = torch.ops.fastlora._nf4_linear_sm80
     rest = a, b, _bias_like(bias, x), _float32(scaling), scale
-    y, h = run(x, *_nf4_weight(codes, scales, form), *rest)
+    y, h = run(x, *_nf4_weight(codes, scales, form, form.rows), *rest)
     return y, h
 
 
@@ -134,8 +145,25 @@ def nf4_gemm(
     count("nf4_gemm", "cuda")
     run = torch.ops.fastlora._nf4_linear_sm90
     rest = a, b, h, _bias_like(bias, x), _float32(scaling), scale, None
-    y, made = run(x, *_nf4_weight(codes, scales, form), *rest)
+    y, made = run(x, *_nf4_weight(codes, scales, form, form.rows), *rest)
     return y, made
+
+
+def nf4_dx(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    form: Form,
+    g: Tensor | None,
+    a: Tensor | None,
+) -> Tensor:
+    """dX = dY W + g A over a 4-bit weight; g and ``a`` [r, K] are given, or neither."""
+    count("nf4_dx", "cuda")
+    if a is not None:
+        a = (a if a.dtype == torch.float32 else a.to(dy.dtype)).contiguous()
+        a = a.clone() if a.data_ptr() % 8 else a
+    weight = _nf4_weight(codes, scales, form, form.cols)
+    return torch.ops.fastlora._nf4_dx_sm90(dy, *weight, a, g, None)
 
 
 def nf4_makes_h(x: Tensor, a: Tensor, b: Tensor, rng_state: Tensor | None) -> bool:
@@ -143,10 +171,12 @@ def nf4_makes_h(x: Tensor, a: Tensor, b: Tensor, rng_state: Tensor | None) -> bo
     return rng_state is None and _nf4_factors_miss(x, a, b) is None
 
 
-def _nf4_weight(codes: Tensor, scales: Sequence[Tensor], form: Form) -> tuple[object, ...]:
-    """A weight as the library's ops take it."""
+def _nf4_weight(
+    codes: Tensor, scales: Sequence[Tensor], form: Form, columns: int
+) -> tuple[object, ...]:
+    """A weight as the library's ops take it, which make a result of so many columns."""
     nested = scales[1:] or (None, None, None)
-    sizes = form.rows, form.block_size, form.nested_block_size or 1, form.fp4
+    sizes = columns, form.block_size, form.nested_block_size or 1, form.fp4
     return codes, scales[0], *nested, *sizes
 
 
