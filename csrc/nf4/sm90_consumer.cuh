@@ -2,8 +2,6 @@
 // decode and multiply 64 columns of y each, and store them.
 #pragma once
 
-#include <type_traits>
-
 #include "common/sm90/cluster.cuh"
 #include "common/sm90/mbarrier.cuh"
 #include "common/sm90/wgmma.cuh"
@@ -15,19 +13,9 @@ template <class T, class Tile>
 struct Nf4Consumer : Nf4Operand<T, Tile> {
   using Base = Nf4Operand<T, Tile>;
   using Base::args, Base::memory, Base::base, Base::column, Base::row, Base::begin, Base::end;
-  using Base::load_words, Base::look_up, Base::load_factor, Base::own_column;
+  using Base::load_words, Base::look_up, Base::apply_scales, Base::load_factor, Base::own_column;
   using Base::part;
   using Base::warp, Base::lane, Base::full, Base::empty, Base::h_full, Base::h_empty, Base::advance;
-
-  __device__ __forceinline__ static uint32_t multiply_pair(uint32_t a, uint32_t b) {
-    uint32_t product;
-    if constexpr (std::is_same_v<T, __half>) {
-      asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    } else {
-      asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    }
-    return product;
-  }
 
   // While a half of a step multiplies, the next one is looked up and the codes of that after it are
   // on their way: nobody waits for shared memory, which the tensor cores keep busy.
@@ -49,13 +37,7 @@ struct Nf4Consumer : Nf4Operand<T, Tile> {
       const uint64_t x = descriptor_k_major(base + stage * Tile::kXBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            weights[half][s][e] = multiply_pair(found[s][e], Base::scale_of(scales, s, e));
-          }
-        }
+        apply_scales(weights[half], found, scales);
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < 2; ++s) {

@@ -10,6 +10,17 @@
 
 namespace fastlora::sm90 {
 
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  uint32_t product;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  } else {
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  }
+  return product;
+}
+
 template <class T, class Tile, bool kBack = Tile::kBack>
 struct Nf4Operand;
 
@@ -37,18 +48,26 @@ struct Nf4Operand<T, Tile, false> : Nf4Cta<Tile> {
     return base + Tile::kScales + own_column() * 4;
   }
   // A warp's operands for two wgmmas, but for the scales.
-  __device__ __forceinline__ void look_up(uint32_t (&out)[2][4], const Words& words) const {
+  __device__ __forceinline__ void look_up(uint32_t (&found)[2][4], const Words& words) const {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {  // neighbouring features, then 8 k further
-        out[s][e] = table_entry<Tile::kShift>(memory + Tile::kTable, words[e % 2][2 * s + e / 2],
-                                              lane % 4, lane * 4);
+        found[s][e] = table_entry<Tile::kShift>(memory + Tile::kTable, words[e % 2][2 * s + e / 2],
+                                                lane % 4, lane * 4);
       }
     }
   }
-  __device__ __forceinline__ static uint32_t scale_of(const Scales& scales, int, int e) {
-    return scales[e % 2];
+  __device__ __forceinline__ static void apply_scales(uint32_t (&weights)[2][4],
+                                                      const uint32_t (&found)[2][4],
+                                                      const Scales& scales) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        weights[s][e] = multiply_pair<T>(found[s][e], scales[e % 2]);
+      }
+    }
   }
 
   // Ranks `rank` and the next of B, for feature `own`.
@@ -99,22 +118,28 @@ struct Nf4Operand<T, Tile, true> : Nf4Cta<Tile> {
   __device__ __forceinline__ uint32_t own_scales() const {
     return base + Tile::kScales + ((warp - 4) / 4 * 8 + lane % 4) * 16;
   }
-  // A warp's operands for two wgmmas, but for the scales.
-  __device__ __forceinline__ void look_up(uint32_t (&out)[2][4], const Words& words) const {
+  // By words the two columns of a row, and of the next.
+  __device__ __forceinline__ void look_up(uint32_t (&found)[2][4], const Words& words) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // 8 rows of W further
-      uint32_t found[2];           // two columns of a row, and of the next
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        found[e] =
+        found[i / 2][i % 2 * 2 + e] =
             table_entry<Tile::kShift>(memory + Tile::kTable, words[i], warp % 2 + 2 * e, lane * 4);
       }
-      out[i / 2][i % 2 * 2] = __byte_perm(found[0], found[1], 0x5410);
-      out[i / 2][i % 2 * 2 + 1] = __byte_perm(found[0], found[1], 0x7632);
     }
   }
-  __device__ __forceinline__ static uint32_t scale_of(const Scales& scales, int s, int e) {
-    return scales[2 * s + e / 2];
+  // A warp's operands for two wgmmas: of a column two rows.
+  __device__ __forceinline__ static void apply_scales(uint32_t (&weights)[2][4],
+                                                      const uint32_t (&found)[2][4],
+                                                      const Scales& scales) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // 8 rows further
+      const uint32_t* const pair = found[i / 2] + i % 2 * 2;
+      uint32_t* const to = weights[i / 2] + i % 2 * 2;
+      to[0] = multiply_pair<T>(__byte_perm(pair[0], pair[1], 0x5410), scales[i]);
+      to[1] = multiply_pair<T>(__byte_perm(pair[0], pair[1], 0x7632), scales[i]);
+    }
   }
 
   // The thread's columns of A, ranks `rank` and the next.
