@@ -35,7 +35,7 @@ class Status:
     reason: str
 
 
-ABI = 7  # what the library's ops take and mean; CMakeLists.txt has the same number
+ABI = 8  # what the library's ops take and mean; CMakeLists.txt has the same number
 
 _lock = threading.Lock()
 _status: Status | None = None
@@ -160,6 +160,7 @@ def _load() -> Status:
     torch.library.register_fake("fastlora::_lora_backward_sm90", _fake_lora_backward)
     torch.library.register_fake("fastlora::_nf4_linear_sm80", _fake_nf4_linear)
     torch.library.register_fake("fastlora::_nf4_linear_sm90", _fake_nf4_linear)
+    torch.library.register_fake("fastlora::_nf4_dx_sm90", _fake_nf4_dx)
     return Status(True, path, "")
 
 
@@ -243,6 +244,10 @@ def _fake_nf4_linear(x, codes, absmax, nested_absmax, nested_code, offset, n, *r
     a = rest[3]  # block_size, nested_block_size, fp4 first
     h = x.new_empty(0) if a is None else x.new_empty(x.shape[0], a.shape[0])
     return x.new_empty(x.shape[0], n), h
+
+
+def _fake_nf4_dx(dy, codes, absmax, nested_absmax, nested_code, offset, k, *_):  # type: ignore[no-untyped-def]
+    return dy.new_empty(dy.shape[0], k)
 
 
 def _fake_dropout_mask(rng_state: torch.Tensor, rows: int, cols: int, keep: int) -> torch.Tensor:

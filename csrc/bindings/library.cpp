@@ -62,4 +62,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
       "nested_code, Tensor? offset, int n, int block_size, int nested_block_size, bool fp4, "
       "Tensor? a, Tensor? b, Tensor? h, Tensor? bias, Tensor? scaling, float scale, int[]? config) "
       "-> (Tensor, Tensor)");
+  // dx [m, k] = dy [m, n] w + g a, of such a weight; a [r, k] and g [m, r] are given, or neither
+  m.def(
+      "_nf4_dx_sm90(Tensor dy, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
+      "nested_code, Tensor? offset, int k, int block_size, int nested_block_size, bool fp4, "
+      "Tensor? a, Tensor? g, int[]? config) -> Tensor");
 }

@@ -1,5 +1,5 @@
-// fastlora::_nf4_quantize, _nf4_quantize_scales, _nf4_dequantize, _nf4_linear_sm80 and
-// _nf4_linear_sm90: checks, allocation, launch.
+// fastlora::_nf4_quantize, _nf4_quantize_scales, _nf4_dequantize, _nf4_linear_sm80,
+// _nf4_linear_sm90 and _nf4_dx_sm90: checks, allocation, launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -177,6 +177,44 @@ const void* factor(const char* op, const char* name, const Tensor& t, int64_t ro
   return t.const_data_ptr();
 }
 
+// Columns of the matrix that meets the weight.
+int64_t columns_of(const char* op, const char* name, const Tensor& x) {
+  check(x.dim() == 2 &&
+            (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half),
+        op, ": ", name, " must be a matrix of bfloat16 or float16");
+  return x.size(1);
+}
+
+// x and a weight [n, k], of which x has the rows or the columns. Without an update, y and h.
+Nf4Linear product_of(const char* op, const char* name, const Tensor& x, const Tensor& codes,
+                     const Tensor& absmax, const OptionalTensor& nested_absmax,
+                     const OptionalTensor& nested_code, const OptionalTensor& offset, int64_t n,
+                     int64_t k, int64_t block_size, int64_t nested_block_size, bool fp4) {
+  Nf4Linear p{};
+  p.m = x.size(0);
+  p.n = n;
+  p.k = k;
+  p.half = x.scalar_type() == ScalarType::Half;
+  constexpr int64_t kMost = int64_t{1} << 30;
+  check(p.m >= 1 && p.m < kMost && n >= 1 && n < kMost && k >= 64 && k % 64 == 0 && k < kMost &&
+            n * (k / 64) < 2 * kMost,
+        op, ": takes 1 row and more and multiples of 64 columns, below 2^30, of a weight of fewer ",
+        "than 2^37 elements; got ", p.m, " rows, ", k, " columns and a weight of ", n, " rows");
+  p.x_pitch = pitch_of(op, name, x, p.m, x.size(1), x);
+  p.x = x.const_data_ptr();
+  p.block_shift = shift_of("block_size", block_size, 64);
+  check(k % block_size == 0, op, ": rows must be whole blocks");
+  check_flat("codes", codes, ScalarType::Byte, n * k / 2, x);
+  check(codes.numel() == n * k / 2, op, ": codes are of another weight than [", n, ", ", k, "]");
+  p.codes = codes.const_data_ptr<uint8_t>();
+  p.fp4 = fp4;
+  p.scales = scales_of(codes, absmax, nested_absmax, nested_code, offset, n * k / block_size,
+                       nested_block_size);
+  check(aligned(p.x, 16) && p.x_pitch % 8 == 0 && aligned(p.codes, 16), op, ": ", name,
+        ", its rows and codes must start at multiples of 16 bytes");
+  return p;
+}
+
 // What both linears take: y [m, n] and h [m, rank] of x [m, k] and a weight [n, k]. Without a, h
 // comes from outside. All but y and h themselves is in the result.
 Nf4Linear linear_of(const char* op, const Tensor& x, const Tensor& codes, const Tensor& absmax,
@@ -185,30 +223,8 @@ Nf4Linear linear_of(const char* op, const Tensor& x, const Tensor& codes, const 
                     int64_t nested_block_size, bool fp4, const OptionalTensor& a,
                     const OptionalTensor& b, const OptionalTensor& bias,
                     const OptionalTensor& scaling, double scale) {
-  check(x.dim() == 2 &&
-            (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half),
-        op, ": x must be a matrix of bfloat16 or float16");
-  Nf4Linear p{};
-  p.m = x.size(0);
-  p.k = x.size(1);
-  p.n = n;
-  p.half = x.scalar_type() == ScalarType::Half;
-  constexpr int64_t kMost = int64_t{1} << 30;
-  check(p.m >= 1 && p.m < kMost && n >= 1 && n < kMost && p.k >= 64 && p.k % 64 == 0 &&
-            p.k < kMost && n * (p.k / 64) < 2 * kMost,
-        op, ": takes 1 row and more and multiples of 64 columns, below 2^30, of a weight of fewer ",
-        "than 2^37 elements; got ", p.m, " rows, ", p.k, " columns and a weight of ", n, " rows");
-  p.x_pitch = pitch_of(op, "x", x, p.m, p.k, x);
-  p.x = x.const_data_ptr();
-  p.block_shift = shift_of("block_size", block_size, 64);
-  check(p.k % block_size == 0, op, ": rows must be whole blocks");
-  check_flat("codes", codes, ScalarType::Byte, n * p.k / 2, x);
-  check(codes.numel() == n * p.k / 2, op, ": codes are of another weight than [", n, ", ", p.k,
-        "]");
-  p.codes = codes.const_data_ptr<uint8_t>();
-  p.fp4 = fp4;
-  p.scales = scales_of(codes, absmax, nested_absmax, nested_code, offset, n * p.k / block_size,
-                       nested_block_size);
+  Nf4Linear p = product_of(op, "x", x, codes, absmax, nested_absmax, nested_code, offset, n,
+                           columns_of(op, "x", x), block_size, nested_block_size, fp4);
   if (a.has_value()) {
     check(a->dim() == 2 && b.has_value(), op, ": lora_A must be a matrix, and have lora_B");
     p.rank = a->size(0);
@@ -224,8 +240,7 @@ Nf4Linear linear_of(const char* op, const Tensor& x, const Tensor& codes, const 
     p.b = factor(op, "lora_B", *b, n, p.rank, x);
     p.b_float = b->scalar_type() == ScalarType::Float;
   }
-  check(aligned(p.x, 16) && p.x_pitch % 8 == 0 && aligned(p.codes, 16) && aligned(p.a, 16), op,
-        ": x, its rows, codes and lora_A must start at multiples of 16 bytes");
+  check(aligned(p.a, 16), op, ": lora_A must start at a multiple of 16 bytes");
   if (bias.has_value()) {
     check_flat("bias", *bias, x.scalar_type(), n, x);
     p.bias = bias->const_data_ptr();
@@ -248,15 +263,19 @@ std::tuple<Tensor, Tensor> outputs(Nf4Linear& p, const Tensor& x) {
   return {y, h};
 }
 
-// An h that comes from outside, where there is one; lora_B comes with lora_A or with it.
+// An h or g that comes from outside.
+void take_h(const char* op, const char* name, const Tensor& h, const Tensor& x, Nf4Linear& p) {
+  check_flat(name, h, x.scalar_type(), p.m * p.rank, x);
+  check(h.numel() == p.m * p.rank, op, ": ", name, " must be [", p.m, ", ", p.rank, "]");
+  p.h = const_cast<void*>(h.const_data_ptr());
+}
+
+// Likewise, where there is one; lora_B comes with lora_A or with it.
 void take_h(const char* op, Nf4Linear& p, const Tensor& x, const OptionalTensor& a,
             const OptionalTensor& b, const OptionalTensor& h) {
   check(b.has_value() == (a.has_value() != h.has_value()), op,
         ": lora_B comes with lora_A or with h");
-  if (!h.has_value()) return;
-  check_flat("h", *h, x.scalar_type(), p.m * p.rank, x);
-  check(h->numel() == p.m * p.rank, op, ": h must be [", p.m, ", ", p.rank, "]");
-  p.h = const_cast<void*>(h->const_data_ptr());
+  if (h.has_value()) take_h(op, "h", *h, x, p);
 }
 
 std::tuple<Tensor, Tensor> linear_sm80(const Tensor& x, const Tensor& codes, const Tensor& absmax,
@@ -283,13 +302,23 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
 #endif
 
 #ifdef FASTLORA_WITH_SM90
+using Config = std::optional<std::vector<int64_t>>;
+
+Nf4Config config_of(const char* op, const Config& config) {
+  if (!config.has_value()) return {};
+  check(config->size() == 2 && (*config)[0] >= 0 && (*config)[0] <= 256 && (*config)[1] >= 0 &&
+            (*config)[1] <= 8,
+        op, ": config must be [rows, splits], rows up to 256 and splits up to 8");
+  return {static_cast<int>((*config)[0]), static_cast<int>((*config)[1])};
+}
+
+// h [m, rank] (g backward) that is made elsewhere.
 std::tuple<Tensor, Tensor> linear_sm90(const Tensor& x, const Tensor& codes, const Tensor& absmax,
                                        OptionalTensor nested_absmax, OptionalTensor nested_code,
                                        OptionalTensor offset, int64_t n, int64_t block_size,
                                        int64_t nested_block_size, bool fp4, OptionalTensor a,
                                        OptionalTensor b, OptionalTensor h, OptionalTensor bias,
-                                       OptionalTensor scaling, double scale,
-                                       std::optional<std::vector<int64_t>> config) {
+                                       OptionalTensor scaling, double scale, Config config) {
   constexpr auto kOp = "_nf4_linear_sm90";
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -298,19 +327,41 @@ std::tuple<Tensor, Tensor> linear_sm90(const Tensor& x, const Tensor& codes, con
   check(p.m == 1 || p.x_pitch >= p.k, kOp, ": rows of x must not overlap");
   auto result = outputs(p, x);
   take_h(kOp, p, x, a, b, h);
-  Nf4Config chosen{};
-  if (config.has_value()) {
-    check(config->size() == 2 && (*config)[0] >= 0 && (*config)[0] <= 256 && (*config)[1] >= 0 &&
-              (*config)[1] <= 8,
-          kOp, ": config must be [rows, splits], rows up to 256 and splits up to 8");
-    chosen = {static_cast<int>((*config)[0]), static_cast<int>((*config)[1])};
-  }
-  nf4_linear_sm90(p, chosen, current_stream(device));
+  nf4_linear_sm90(p, config_of(kOp, config), current_stream(device));
   return result;
+}
+
+// dX [m, k] = dY [m, n] W + g a of a weight [n, k].
+Tensor dx_sm90(const Tensor& dy, const Tensor& codes, const Tensor& absmax,
+               OptionalTensor nested_absmax, OptionalTensor nested_code, OptionalTensor offset,
+               int64_t k, int64_t block_size, int64_t nested_block_size, bool fp4, OptionalTensor a,
+               OptionalTensor g, Config config) {
+  constexpr auto kOp = "_nf4_dx_sm90";
+  const int32_t device = dy.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int64_t n = columns_of(kOp, "dy", dy);
+  Nf4Linear p = product_of(kOp, "dy", dy, codes, absmax, nested_absmax, nested_code, offset, n, k,
+                           block_size, nested_block_size, fp4);
+  check(p.m == 1 || p.x_pitch >= n, kOp, ": rows of dy must not overlap");
+  check(a.has_value() == g.has_value(), kOp, ": lora_A comes with g");
+  if (a.has_value()) {
+    check(a->dim() == 2, kOp, ": lora_A must be a matrix");
+    p.rank = a->size(0);
+    check(p.rank <= 4096, kOp, ": takes ranks up to 4096, got ", p.rank);
+    p.a = factor(kOp, "lora_A", *a, p.rank, k, dy);
+    p.a_float = a->scalar_type() == ScalarType::Float;
+    check(aligned(p.a, 8), kOp, ": lora_A must start at a multiple of 8 bytes");
+    take_h(kOp, "g", *g, dy, p);
+  }
+  const Tensor dx = new_empty({p.m, k}, dy.scalar_type(), dy);
+  p.y = dx.mutable_data_ptr();
+  nf4_dx_sm90(p, config_of(kOp, config), current_stream(device));
+  return dx;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
   m.impl("_nf4_linear_sm90", TORCH_BOX(&linear_sm90));
+  m.impl("_nf4_dx_sm90", TORCH_BOX(&dx_sm90));
 }
 #endif
 

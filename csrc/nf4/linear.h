@@ -39,8 +39,12 @@ void nf4_ranks_sm80(const Nf4Linear& params, CUstream_st* stream);
 // row, those of quantised scales and their start are multiples of it.
 struct Nf4Config {
   int rows;    // of x in a tile: 16, 32, 64, 128 or 256; or 0: as suits
-  int splits;  // parts of k, in one cluster; or 0: as suits
+  int splits;  // parts of k (of n backward), in one cluster; or 0: as suits
 };
 void nf4_linear_sm90(const Nf4Linear& params, const Nf4Config& config, CUstream_st* stream);
+
+// The other direction: y [m, k] = x [m, n] W + h a, which is dX of dY and g. a and h are given, or
+// neither with rank 0; no b, bias or scale. Any scales.
+void nf4_dx_sm90(const Nf4Linear& params, const Nf4Config& config, CUstream_st* stream);
 
 }  // namespace fastlora

@@ -13,7 +13,7 @@
 namespace fastlora {
 namespace {
 
-using sm90::kNf4Features;
+using sm90::kNf4Columns;
 using sm90::kNf4MostSplits;
 
 // Clusters of `ctas` CTAs that the current device holds at once.
@@ -34,9 +34,9 @@ int resident_clusters(Kernel* kernel, cudaLaunchConfig_t setup, int ctas) {
   return entry.load() - 1;
 }
 
-template <class T, int kRows>
+template <class T, bool kBack, int kRows>
 void launch(const Nf4Linear& p, int splits, CUstream_st* stream) {
-  using Tile = sm90::Nf4Tile<kRows>;
+  using Tile = sm90::Nf4Tile<kRows, kBack>;
   auto* const kernel = sm90::nf4_kernel<T, Tile>;
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes),
@@ -44,20 +44,22 @@ void launch(const Nf4Linear& p, int splits, CUstream_st* stream) {
   sm90::Nf4Args args{};
   args.m = static_cast<int>(p.m);
   args.n = static_cast<int>(p.n);
+  args.columns = static_cast<int>(kBack ? p.k : p.n);
   args.rank = static_cast<int>(p.rank);
-  args.steps = static_cast<int>(p.k / kNf4BlockK);
+  args.steps = static_cast<int>(ceil_div(kBack ? p.n : p.k, int64_t{kNf4BlockK}));
   args.tiles_m = static_cast<int>(ceil_div(p.m, kRows));
   args.scales = p.scales;
   args.block_shift = p.block_shift;
   args.blocks = static_cast<int>(p.k >> p.block_shift);
   args.book = code_book<T>(p.fp4);
-  args.b = p.b;
-  args.b_float = p.b_float;
+  args.factor = kBack ? p.a : p.b;
+  args.factor_float = kBack ? p.a_float : p.b_float;
   args.bias = p.bias;
   args.h = p.h;
   args.y = p.y;
 
-  const int64_t tiles = args.tiles_m * ceil_div(p.n, kNf4Features);
+  const bool makes_h = !kBack && p.a != nullptr;
+  const int64_t tiles = args.tiles_m * ceil_div(args.columns, kNf4Columns);
 
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -71,7 +73,7 @@ void launch(const Nf4Linear& p, int splits, CUstream_st* stream) {
   setup.attrs = attributes;
   if (splits == 0) {  // as many as all run at once with, of eight steps or more
     // Some clusters find SMs that are still busy with h.
-    const int late = p.a != nullptr && p.m <= 256 ? 4 : 0;
+    const int late = makes_h && p.m <= 256 ? 4 : 0;
     splits = kNf4MostSplits;
     while (splits > 1 && (args.steps < 8 * splits ||
                           tiles + late > resident_clusters<Tile>(kernel, setup, splits))) {
@@ -79,34 +81,43 @@ void launch(const Nf4Linear& p, int splits, CUstream_st* stream) {
     }
   }
   check(splits <= std::min(args.steps, kNf4MostSplits) && tiles * splits < (int64_t{1} << 31),
-        "nf4_sm90: takes up to ", std::min(args.steps, kNf4MostSplits), " parts of k here, got ",
-        splits);
+        "nf4_sm90: takes up to ", std::min(args.steps, kNf4MostSplits),
+        " parts of the sums here, got ", splits);
   args.splits = splits;
 
   sm90::Nf4Maps maps;
   const ElementType type = p.half ? ElementType::kFloat16 : ElementType::kBfloat16;
-  maps.x = tensor_map_2d(p.x, type, p.m, p.k, p.x_pitch, kRows, kNf4BlockK);
-  maps.codes = tensor_map_2d(p.codes, ElementType::kByte, p.n, p.k / 2, p.k / 2, kNf4Features,
-                             kNf4BlockK / 2, Swizzle::k32);
+  maps.x = tensor_map_2d(p.x, type, p.m, kBack ? p.n : p.k, p.x_pitch, kRows, kNf4BlockK);
+  maps.codes = tensor_map_2d(
+      p.codes, ElementType::kByte, p.n, p.k / 2, p.k / 2, kBack ? kNf4BlockK : kNf4Columns,
+      (kBack ? kNf4Columns : kNf4BlockK) / 2, kBack ? Swizzle::k64 : Swizzle::k32);
   setup.gridDim = static_cast<unsigned>(tiles * splits);
   attributes[0].val.clusterDim.x = splits;
-  setup.numAttrs = p.a != nullptr ? 2 : 1;  // while h is being made
+  setup.numAttrs = makes_h ? 2 : 1;  // while h is being made
   check_cuda(cudaLaunchKernelEx(&setup, kernel, maps, args), "nf4_sm90");
 }
 
-template <class T>
-void launch(const Nf4Linear& p, const Nf4Config& c, CUstream_st* stream) {
-  switch (c.rows) {
+template <class T, bool kBack>
+void launch(const Nf4Linear& p, const Nf4Config& config, CUstream_st* stream) {
+  int rows = config.rows;
+  if (rows == 0) {
+    for (rows = 16; rows < p.m && rows < 256;) rows *= 2;
+  }
+  check(
+      (rows == 16 || rows == 32 || rows == 64 || rows == 128 || rows == 256) && config.splits >= 0,
+      "nf4_sm90: rows of a tile must be 16, 32, 64, 128 or 256 and splits 1 or more, got ", rows,
+      " and ", config.splits);
+  switch (rows) {
     case 16:
-      return launch<T, 16>(p, c.splits, stream);
+      return launch<T, kBack, 16>(p, config.splits, stream);
     case 32:
-      return launch<T, 32>(p, c.splits, stream);
+      return launch<T, kBack, 32>(p, config.splits, stream);
     case 64:
-      return launch<T, 64>(p, c.splits, stream);
+      return launch<T, kBack, 64>(p, config.splits, stream);
     case 128:
-      return launch<T, 128>(p, c.splits, stream);
+      return launch<T, kBack, 128>(p, config.splits, stream);
     default:
-      return launch<T, 256>(p, c.splits, stream);
+      return launch<T, kBack, 256>(p, config.splits, stream);
   }
 }
 
@@ -120,17 +131,14 @@ void nf4_linear_sm90(const Nf4Linear& p, const Nf4Config& config, CUstream_st* s
             reinterpret_cast<uintptr_t>(scales) % (p.scales.absmax == nullptr ? 4 : 16) == 0,
         "nf4_sm90: takes scales by four: rows of 4, 8, ... blocks, quantised scales in blocks of 4 "
         "or more, and a start at a multiple of four of them");
-  Nf4Config c = config;
-  if (c.rows == 0) {
-    for (c.rows = 16; c.rows < p.m && c.rows < 256;) c.rows *= 2;
-  }
-  check((c.rows == 16 || c.rows == 32 || c.rows == 64 || c.rows == 128 || c.rows == 256) &&
-            c.splits >= 0,
-        "nf4_sm90: rows of a tile must be 16, 32, 64, 128 or 256 and splits 1 or more, got ",
-        c.rows, " and ", c.splits);
   if (p.rank > 0 && p.a != nullptr) nf4_ranks_sm80(p, stream);
-  if (p.half) return launch<__half>(p, c, stream);
-  launch<__nv_bfloat16>(p, c, stream);
+  if (p.half) return launch<__half, false>(p, config, stream);
+  launch<__nv_bfloat16, false>(p, config, stream);
+}
+
+void nf4_dx_sm90(const Nf4Linear& p, const Nf4Config& config, CUstream_st* stream) {
+  if (p.half) return launch<__half, true>(p, config, stream);
+  launch<__nv_bfloat16, true>(p, config, stream);
 }
 
 }  // namespace fastlora

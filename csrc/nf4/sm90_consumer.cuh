@@ -1,56 +1,21 @@
 // The computing half of the Hopper linear over 4-bit weights (sm90_kernel.cuh): two warpgroups that
-// decode and multiply 64 features each, and store them.
+// decode and multiply 64 columns of y each, and store them.
 #pragma once
 
-#include <type_traits>
-
 #include "common/sm90/cluster.cuh"
-#include "common/sm90/copy_async.cuh"
 #include "common/sm90/mbarrier.cuh"
 #include "common/sm90/wgmma.cuh"
-#include "nf4/sm90_shape.cuh"
+#include "nf4/sm90_operand.cuh"
 
 namespace fastlora::sm90 {
 
 template <class T, class Tile>
-struct Nf4Consumer : Nf4Cta<Tile> {
-  using Base = Nf4Cta<Tile>;
-  using Base::args, Base::memory, Base::base, Base::feature, Base::row, Base::begin, Base::end;
+struct Nf4Consumer : Nf4Operand<T, Tile> {
+  using Base = Nf4Operand<T, Tile>;
+  using Base::args, Base::memory, Base::base, Base::column, Base::row, Base::begin, Base::end;
+  using Base::load_words, Base::look_up, Base::apply_scales, Base::load_factor, Base::own_column;
   using Base::part;
   using Base::warp, Base::lane, Base::full, Base::empty, Base::h_full, Base::h_empty, Base::advance;
-
-  // The first of the thread's two features, of the CTA's.
-  __device__ __forceinline__ int own_feature() const { return (warp - 4) * 16 + lane / 4 * 2; }
-
-  // The codes of 32 k of the thread's features: two bytes of every eight are its own.
-  __device__ __forceinline__ void load_words(uint32_t (&words)[2][4], int stage, int half) const {
-    // TMA's swizzle of 32 bytes.
-    const uint32_t chunk = (half ^ (lane / 8 & 1)) * 16;
-    const uint32_t from = base + Tile::kCodes + stage * Tile::kCodeBytes + own_feature() * 32;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) load_shared(words[i], from + i * 32 + chunk);
-  }
-  // A warp's operands for two wgmmas, but for the scales.
-  __device__ __forceinline__ void look_up(uint32_t (&out)[2][4],
-                                          const uint32_t (&words)[2][4]) const {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {  // neighbouring features, then 8 k further
-        out[s][e] = table_entry<Tile::kShift>(memory + Tile::kTable, words[e % 2][2 * s + e / 2],
-                                              lane % 4, lane * 4);
-      }
-    }
-  }
-  __device__ __forceinline__ static uint32_t multiply_pair(uint32_t a, uint32_t b) {
-    uint32_t product;
-    if constexpr (std::is_same_v<T, __half>) {
-      asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    } else {
-      asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    }
-    return product;
-  }
 
   // While a half of a step multiplies, the next one is looked up and the codes of that after it are
   // on their way: nobody waits for shared memory, which the tensor cores keep busy.
@@ -58,8 +23,10 @@ struct Nf4Consumer : Nf4Cta<Tile> {
     using Product = Wgmma<Tile::kRows>;
     int stage = 0, next = 0, previous = 0;
     uint32_t phase = 0;
-    uint32_t words[2][4], found[2][4], weights[2][2][4], scales[2];
-    const uint32_t own_scales = base + Tile::kScales + own_feature() * 4;
+    typename Base::Words words;
+    typename Base::Scales scales;
+    uint32_t found[2][4], weights[2][2][4];
+    const uint32_t own_scales = Base::own_scales();
     mbarrier_wait(full(0), 0);
     load_words(words, 0, 0);
     load_shared(scales, own_scales);
@@ -70,13 +37,7 @@ struct Nf4Consumer : Nf4Cta<Tile> {
       const uint64_t x = descriptor_k_major(base + stage * Tile::kXBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            weights[half][s][e] = multiply_pair(found[s][e], scales[e % 2]);
-          }
-        }
+        apply_scales(weights[half], found, scales);
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -85,8 +46,9 @@ struct Nf4Consumer : Nf4Cta<Tile> {
         }
         wgmma_commit();
         look_up(found, words);
-        if (half == 0) {  // of the last step once more, when there is no next
-          if (j + 1 < end) advance(next, phase);
+        if (half == 0) {
+          if (Tile::kBack) load_shared(scales, own_scales + stage * Tile::kScaleBytes + 64);
+          if (j + 1 < end) advance(next, phase);  // or the last step once more: there is no next
           mbarrier_wait(full(next), phase);
         } else {
           load_shared(scales, own_scales + next * Tile::kScaleBytes);
@@ -102,37 +64,17 @@ struct Nf4Consumer : Nf4Cta<Tile> {
     pin(acc);
   }
 
-  __device__ __forceinline__ uint32_t pair_of_b(int64_t own, int rank) const {
-    float value[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int64_t at = own * args.rank + rank + e;
-      const bool there = own < args.n && rank + e < args.rank;
-      value[e] = !there         ? 0.0f
-                 : args.b_float ? __ldg(static_cast<const float*>(args.b) + at)
-                                : wide(static_cast<const T*>(args.b)[at]);
-    }
-    return pack2<T>(value[0], value[1]);
-  }
-
-  // 16 ranks of the thread's features, from `rank` on.
-  __device__ __forceinline__ void load_b(uint32_t (&b)[4], int rank) const {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      b[e] = pair_of_b(feature + own_feature() + e % 2, rank + e / 2 * 8 + lane % 4 * 2);
-    }
-  }
-
-  // acc += B h^T; `b` has the first 16 ranks.
+  // acc += factor h^T; `factor` has the first 16 ranks.
   __device__ __forceinline__ void add_update(float (&acc)[Tile::kRows / 2],
-                                             uint32_t (&b)[4]) const {
+                                             uint32_t (&factor)[4]) const {
     uint32_t phase = 0;
 #pragma unroll 1
     for (int rank = 0; rank < args.rank; rank += 16, phase ^= 1) {
-      if (rank > 0) load_b(b, rank);
+      if (rank > 0) load_factor(factor, rank);
       mbarrier_wait(h_full(), phase);
       wgmma_fence();
-      Wgmma<Tile::kRows>::template rs<T, 0>(acc, b, descriptor_k_major<16>(base + Tile::kH), true);
+      Wgmma<Tile::kRows>::template rs<T, 0>(acc, factor, descriptor_k_major<16>(base + Tile::kH),
+                                            true);
       wgmma_commit();
       wgmma_wait<0>();
       pin(acc);
@@ -141,10 +83,10 @@ struct Nf4Consumer : Nf4Cta<Tile> {
     }
   }
 
-  // The thread's sums into shared memory: features are neighbours there.
+  // The thread's sums into shared memory: columns of y are neighbours there.
   __device__ __forceinline__ void put(const float (&acc)[Tile::kRows / 2]) const {
     named_barrier_sync(1, kNf4Math);
-    float* const to = reinterpret_cast<float*>(memory) + own_feature();
+    float* const to = reinterpret_cast<float*>(memory) + own_column();
 #pragma unroll
     for (int i = 0; i < Tile::kRows / 8; ++i) {
 #pragma unroll
@@ -157,21 +99,21 @@ struct Nf4Consumer : Nf4Cta<Tile> {
 
   // All of k in this CTA: straight from registers, 16 neighbours of a row to a warp.
   __device__ __forceinline__ void store(const float (&acc)[Tile::kRows / 2]) const {
-    const int64_t column = feature + own_feature();
-    if (column >= args.n) return;
+    const int64_t own = column + own_column();
+    if (own >= args.columns) return;
     const auto* const given = static_cast<const T*>(args.bias);
-    const bool two = column + 1 < args.n, whole = two && args.n % 2 == 0;
-    const float bias[2] = {given == nullptr ? 0.0f : wide(given[column]),
-                           given == nullptr || !two ? 0.0f : wide(given[column + 1])};
+    const bool two = own + 1 < args.columns, whole = two && args.columns % 2 == 0;
+    const float bias[2] = {given == nullptr ? 0.0f : wide(given[own]),
+                           given == nullptr || !two ? 0.0f : wide(given[own + 1])};
     const int first = row + lane % 4 * 2;
-    T* to = static_cast<T*>(args.y) + int64_t{first} * args.n + column;
+    T* to = static_cast<T*>(args.y) + int64_t{first} * args.columns + own;
 #pragma unroll
     for (int i = 0; i < Tile::kRows / 8; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (first + 8 * i + e >= args.m) return;
         const float y[2] = {acc[4 * i + e] + bias[0], acc[4 * i + 2 + e] + bias[1]};
-        T* const at = to + e * int64_t{args.n};
+        T* const at = to + e * int64_t{args.columns};
         if (whole) {
           *reinterpret_cast<uint32_t*>(at) = pack2<T>(y[0], y[1]);
         } else {
@@ -179,26 +121,25 @@ struct Nf4Consumer : Nf4Cta<Tile> {
           if (two) at[1] = static_cast<T>(y[1]);
         }
       }
-      to += 8 * int64_t{args.n};
+      to += 8 * int64_t{args.columns};
     }
   }
 
-  // The CTA's share of the tile, added up: every warp 128 features of a row, four to a lane.
+  // The CTA's share of the tile, added up: every warp 128 columns of a row, four to a lane.
   __device__ __forceinline__ void store_share() const {
-    const int own = lane * 4;
-    const int64_t column = feature + own;
-    const bool whole = args.n % 4 == 0 && column + 3 < args.n;
+    const int64_t own = column + lane * 4;
+    const bool whole = args.columns % 4 == 0 && own + 3 < args.columns;
     float bias[4] = {};
     if (args.bias != nullptr) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (column + e < args.n) bias[e] = wide(static_cast<const T*>(args.bias)[column + e]);
+        if (own + e < args.columns) bias[e] = wide(static_cast<const T*>(args.bias)[own + e]);
       }
     }
 #pragma unroll 2
     for (int i = (warp - 4) * args.splits + part; i < Tile::kRows && row + i < args.m;
          i += args.splits * kNf4Math / 32) {
-      const uint32_t from = base + (i * Tile::kPitch + own) * 4;
+      const uint32_t from = base + (i * Tile::kPitch + lane * 4) * 4;
       float4 sums[kNf4MostSplits];
 #pragma unroll
       for (int s = 0; s < kNf4MostSplits; ++s) {
@@ -216,14 +157,14 @@ struct Nf4Consumer : Nf4Cta<Tile> {
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) y[e] += bias[e];
-      T* const to = static_cast<T*>(args.y) + int64_t{row + i} * args.n + column;
+      T* const to = static_cast<T*>(args.y) + int64_t{row + i} * args.columns + own;
       if (whole) {
         *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(y[0], y[1]), pack2<T>(y[2], y[3]));
         continue;
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (column + e < args.n) to[e] = static_cast<T>(y[e]);
+        if (own + e < args.columns) to[e] = static_cast<T>(y[e]);
       }
     }
   }

@@ -1,9 +1,10 @@
-// y = x W^T + bias + h B^T on Hopper, W [n, k] in 4 bits, read as it lies and decoded on the way to
-// the tensor cores: for up to a thousand rows of x, where a weight in floats would cost more than
-// the product.
+// y = x W^T + bias + h B^T, and backward dX = dY W + g A, on Hopper, W [n, k] in 4 bits, read as it
+// lies and decoded on the way to the tensor cores: for up to a thousand rows of x, where a weight
+// in floats would cost more than the product.
 //
 // Tile: 128 features (rows of W) by up to 256 rows of x, y transposed: decoded elements are the
-// operand that wgmma takes from registers, x the one in shared memory. 64 of k a step.
+// operand that wgmma takes from registers, x the one in shared memory. 64 of k a step. Backward the
+// same with 128 columns of W by rows of dY, and 64 of n a step; x, y and h are dY, dX and g below.
 //
 // Who does what (384 threads; one CTA an SM, or two where tiles are narrow):
 //   warpgroup 0: a thread of warp 0 fills a ring with x and codes by TMA; warps 1 and 2 make the
@@ -12,9 +13,10 @@
 //   warpgroups 1, 2: 64 features each. A byte of codes is two elements; a table of all 256, for
 //     every lane in a bank of its own, turns it into a register of the operand, and a product with
 //     the pair of scales follows. While half a step multiplies the next half is decoded.
-//   a cluster splits k: sums meet in shared memory, added in the order of the parts.
+//     Backward ldmatrix transposes the bytes, and two entries make two registers.
+//   a cluster splits the steps: sums meet in shared memory, added in the order of the parts.
 //
-// Row g and row g + 8 of a warp's operand are neighbouring features.
+// Row g and row g + 8 of a warp's operand are neighbouring columns of y.
 #pragma once
 
 #include "nf4/sm90_consumer.cuh"
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(kNf4Threads, Tile::kCtas)
       args,
       nf4_shared,
       shared_address(nf4_shared),
-      int64_t{tile / args.tiles_m} * kNf4Features,
+      int64_t{tile / args.tiles_m} * kNf4Columns,
       tile % args.tiles_m * Tile::kRows,
       static_cast<int>(int64_t{args.steps} * part / args.splits),
       static_cast<int>(int64_t{args.steps} * (part + 1) / args.splits),
@@ -63,12 +65,19 @@ __global__ void __launch_bounds__(kNf4Threads, Tile::kCtas)
   __syncthreads();
 
   const bool update = args.rank > 0 && part == 0;
-  constexpr int kIdle = Tile::kCtas == 2 ? 40 : 56, kBusy = Tile::kCtas == 2 ? 96 : 224;
+  constexpr int kBusy = Tile::kCtas == 2 ? 96 : 224;
+  constexpr int kIdle = Tile::kCtas == 2 ? Tile::kBack ? 48 : 40 : 56;
   if (warp < 4) {
     registers_decrease<kIdle>();
     const Nf4Producer<T, Tile> producer{cta};
     if (warp == 0 && lane == 0) producer.load(maps);
-    if (warp == 1 || warp == 2) producer.make_scales();
+    if (warp == 1 || warp == 2) {
+      if constexpr (Tile::kBack) {
+        producer.make_scales_back();
+      } else {
+        producer.make_scales();
+      }
+    }
     if (warp == 3 && update) producer.load_h();
     __syncwarp();
     if (args.splits > 1) cluster_sync();
@@ -78,10 +87,10 @@ __global__ void __launch_bounds__(kNf4Threads, Tile::kCtas)
     named_barrier_sync(1, kNf4Math);
     const Nf4Consumer<T, Tile> consumer{cta};
     float acc[Tile::kRows / 2];
-    uint32_t b[4];
-    if (update) consumer.load_b(b, 0);
+    uint32_t factor[4];
+    if (update) consumer.load_factor(factor, 0);
     consumer.multiply(acc);
-    if (update) consumer.add_update(acc, b);
+    if (update) consumer.add_update(acc, factor);
     if (args.splits == 1) {
       consumer.store(acc);
     } else {

@@ -14,7 +14,7 @@ namespace fastlora::sm90 {
 template <class T, class Tile>
 struct Nf4Producer : Nf4Cta<Tile> {
   using Base = Nf4Cta<Tile>;
-  using Base::args, Base::memory, Base::base, Base::feature, Base::row, Base::begin, Base::end;
+  using Base::args, Base::memory, Base::base, Base::column, Base::row, Base::begin, Base::end;
   using Base::warp, Base::lane, Base::full, Base::empty, Base::h_full, Base::h_empty, Base::advance;
 
   __device__ __forceinline__ void load(const Nf4Maps& maps) const {
@@ -23,8 +23,9 @@ struct Nf4Producer : Nf4Cta<Tile> {
     for (int j = begin; j < end; ++j) {
       mbarrier_wait(empty(stage), phase ^ 1);
       mbarrier_arrive_expect(full(stage), Tile::kXBytes + Tile::kCodeBytes);
-      tma_load_2d(base + Tile::kCodes + stage * Tile::kCodeBytes, &maps.codes, full(stage), j * 32,
-                  static_cast<int>(feature));
+      const int own = static_cast<int>(column);
+      tma_load_2d(base + Tile::kCodes + stage * Tile::kCodeBytes, &maps.codes, full(stage),
+                  Tile::kBack ? own / 2 : j * 32, Tile::kBack ? j * 64 : own);
       tma_load_2d(base + stage * Tile::kXBytes, &maps.x, full(stage), j * 64, row);
       advance(stage, phase);
     }
@@ -47,10 +48,24 @@ struct Nf4Producer : Nf4Cta<Tile> {
     return s;
   }
 
+  static constexpr int kLanes = kScaleWarps * 32;
+
+  // The values of quantised scales to shared memory, by the warps that make them: their offset.
+  __device__ __forceinline__ float load_nested(float* nested_code) const {
+    const int thread = (warp - 1) * 32 + lane;
+    const float offset = *args.scales.offset;
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = args.scales.nested_code[i * kLanes + thread];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) nested_code[i * kLanes + thread] = values[i];
+    named_barrier_sync(2, kLanes);
+    return offset;
+  }
+
   // A lane has two neighbouring features.
   __device__ __forceinline__ void make_scales() const {
-    constexpr int kLanes = kScaleWarps * 32;
-    static_assert(2 * kLanes == kNf4Features);
+    static_assert(2 * kLanes == kNf4Columns);
     const int thread = (warp - 1) * 32 + lane, shift = args.block_shift - 6;
     const bool nested = args.scales.absmax == nullptr;
     auto* const nested_code = reinterpret_cast<float*>(memory + Tile::kNested);
@@ -58,20 +73,11 @@ struct Nf4Producer : Nf4Cta<Tile> {
     int first[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      first[i] = static_cast<int>(min(feature + thread * 2 + i, int64_t{args.n} - 1)) * args.blocks;
+      first[i] = static_cast<int>(min(column + thread * 2 + i, int64_t{args.n} - 1)) * args.blocks;
     }
     int block = begin >> shift & ~3;
     Scales ahead[2] = {load_scales(first[0] + block), load_scales(first[1] + block)};
-    float offset = 0;
-    if (nested) {
-      offset = *args.scales.offset;
-      float values[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values[i] = args.scales.nested_code[i * kLanes + thread];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) nested_code[i * kLanes + thread] = values[i];
-      named_barrier_sync(2, kLanes);
-    }
+    const float offset = nested ? load_nested(nested_code) : 0.0f;
     int stage = 0, j = begin;
     uint32_t phase = 0;
     const uint32_t to = base + Tile::kScales + thread * 8;
@@ -103,6 +109,63 @@ struct Nf4Producer : Nf4Cta<Tile> {
           mbarrier_arrive(full(stage));
           advance(stage, phase);
         }
+      }
+    }
+  }
+
+  // Of dX: a lane has one row of W in a step, in the blocks of both halves of the tile's columns.
+  // Where there is no row or column a scale is 0, and not a neighbour's, which may be infinite.
+  __device__ __forceinline__ void make_scales_back() const {
+    constexpr int kAhead = 4;  // steps: rows are far apart, and so are their scales
+    static_assert(kLanes == kNf4BlockK && Tile::kScaleBytes == kLanes * 2 * sizeof(T));
+    const int thread = (warp - 1) * 32 + lane;
+    const bool nested = args.scales.absmax == nullptr;
+    auto* const nested_code = reinterpret_cast<float*>(memory + Tile::kNested);
+    int block[2];
+    bool there[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      block[i] = static_cast<int>(column + 64 * i >> args.block_shift);
+      there[i] = column + 64 * i < args.columns;
+    }
+    Scale ahead[kAhead][2] = {};
+    const auto load = [&](Scale(&to)[2], int j) {
+      const int64_t at = j * 64 + thread;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (j < end && at < args.n && there[i]) {
+          to[i] = load_scale(args.scales, static_cast<int>(at) * args.blocks + block[i]);
+        }
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(ahead[i], begin + i);
+    const float offset = nested ? load_nested(nested_code) : 0.0f;
+
+    // Pairs of a lane of the consumers are together: rows 2 (lane % 4) + {0, 1} + 8 {0, 1, 2, 3}.
+    char* const to = memory + Tile::kScales + (thread / 32 * 4 + thread / 2 % 4) * 16 +
+                     thread / 8 % 4 * 4 + thread % 2 * 2;
+    int stage = 0;
+    uint32_t phase = 0;
+    for (int j = begin; j < end; j += kAhead) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (j + a >= end) break;
+        float scale[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool given = (j + a) * 64 + thread < args.n && there[i];
+          scale[i] = given ? make_scale(ahead[a][i], nested, nested_code, offset) : 0.0f;
+        }
+        load(ahead[a], j + a + kAhead);
+        mbarrier_wait(empty(stage), phase ^ 1);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          *reinterpret_cast<T*>(to + stage * Tile::kScaleBytes + i * 128) =
+              static_cast<T>(scale[i]);
+        }
+        mbarrier_arrive(full(stage));
+        advance(stage, phase);
       }
     }
   }

@@ -6,13 +6,12 @@
 
 with s' = s / (1 - p): the mask's scale is folded into h and g, so nothing else multiplies. Saved: x as it came (one
 tensor, however many layers share it), h, and the two-word dropout state; never a mask, a cast copy or W in another form.
-A 4-bit W is made floats for as long as its product takes: backward, and forward where no kernel multiplies by its codes.
+A 4-bit W is made floats for as long as its product takes, where no kernel multiplies by its codes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,9 +92,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
         low_rank = ctx.low_rank
         want_a, want_b = need_a and low_rank, need_b and low_rank
-        dx, d_a, d_b, d_bias = ops.lora_backward(
-            dy,
-            _floats(weight, scales, ctx.form, dtype) if need_x else None,
+        update = (
             lora_a,
             lora_b,
             _rows(x, dtype) if want_a else None,
@@ -104,16 +101,20 @@ class LoraLinearFunction(torch.autograd.Function):
             ctx.scale,
             rng_state,
             keep,
-            ctx.in_features,
-            ctx.a_like[1],
-            ctx.b_like[1],
-            ctx.bias_dtype if need_bias else None,
         )
+        dtypes = ctx.a_like[1], ctx.b_like[1], ctx.bias_dtype if need_bias else None
+        if ctx.form is not None:
+            rest: Any = (scales, ctx.form, *update, *dtypes)
+            dx, d_a, d_b, d_bias = ops.nf4_backward(dy, weight, *rest)
+        else:
+            rest = (*update, ctx.in_features, *dtypes)
+            w = _as(weight, dtype) if need_x else None
+            dx, d_a, d_b, d_bias = ops.lora_backward(dy, w, *rest)
         if need_a and not want_a:
             d_a = dy.new_zeros(ctx.a_like[0], dtype=ctx.a_like[1])
         if need_b and not want_b:
             d_b = dy.new_zeros(ctx.b_like[0], dtype=ctx.b_like[1])
-        gradients = (
+        given = (
             _as(dx if len(ctx.x_shape) == 2 else dx.view(ctx.x_shape), ctx.x_dtype)
             if need_x
             else None,
@@ -123,14 +124,7 @@ class LoraLinearFunction(torch.autograd.Function):
             None,
             d_bias if need_bias else None,
         )
-        return gradients + (None,) * (ctx.arguments - len(gradients))
-
-
-def _floats(
-    weight: Tensor, scales: Sequence[Tensor], form: ops.Form | None, dtype: torch.dtype
-) -> Tensor:
-    """The weight [N, K] in ``dtype``."""
-    return _as(weight, dtype) if form is None else ops.dequantize(weight, scales, form, dtype)
+        return given + (None,) * (ctx.arguments - len(given))
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

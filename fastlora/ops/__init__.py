@@ -2,7 +2,7 @@
 
 from .explanation import explain
 from .linear import lora_backward, lora_forward
-from .nf4 import dequantize, nf4_linear, quantize, quantize_scales
+from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
 from .raw import down, gemm, mask, wgrad
 from .support import Form, backend
 
@@ -16,6 +16,7 @@ __all__ = [
     "lora_backward",
     "lora_forward",
     "mask",
+    "nf4_backward",
     "nf4_linear",
     "quantize",
     "quantize_scales",

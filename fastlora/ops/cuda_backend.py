@@ -42,8 +42,8 @@ def library_dequantize(
 
 
 def _nf4_miss(x: Tensor, codes: Tensor, form: Form) -> str | None:
-    """Why no kernel of csrc/nf4 can multiply by the codes as they are."""
-    m, k = x.shape
+    """Why no kernel of csrc/nf4 can multiply x (dY) by the codes as they are."""
+    m, k = x.shape[0], form.cols
     if m < 1 or k == 0 or form.rows == 0 or form.block_size < 64 or k % form.block_size:
         return "needs whole blocks of 64 elements or more in a row"
     if max(m, k, form.rows) >= 2**30 or form.rows * (k // 64) >= 2**31:
@@ -86,10 +86,21 @@ _MOST_NF4_GEMM_ROWS = 1024
 
 def nf4_gemm_fit(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form) -> Fit:
     """How the tensors suit csrc/nf4/sm90.cu."""
-    blocks = x.shape[1] // form.block_size
+    blocks = form.cols // form.block_size
     by_four = blocks % 4 == 0 and form.nested_block_size % 4 == 0
     if not by_four or scales[0].data_ptr() % (4 * scales[0].element_size()):
         return Fit("needs a multiple of four blocks in a row, and of quantised scales in a block")
+    return _nf4_fit(x, codes, form)
+
+
+def nf4_dx_fit(dy: Tensor, codes: Tensor, form: Form, rng_state: Tensor | None) -> Fit:
+    """How the tensors suit it for dX, which takes scales one by one."""
+    if rng_state is not None:
+        return Fit("has no dropout: g A is dropped over a weight in floats")
+    return _nf4_fit(dy, codes, form)
+
+
+def _nf4_fit(x: Tensor, codes: Tensor, form: Form) -> Fit:
     miss = _nf4_miss(x, codes, form)
     if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
         miss = miss or "x's rows overlap"
@@ -114,7 +125,7 @@ def nf4_linear(
     the ``h`` given, and h comes back with shape [0]."""
     count(op, "cuda")
     rest = a, b, h, _bias_like(bias, x), _float32(scaling), scale
-    weight = _nf4_weight(codes, scales, form)
+    weight = _nf4_weight(codes, scales, form, form.rows)
     if op == "nf4_few":
         y, made = torch.ops.fastlora._nf4_linear_sm80(x, *weight, *rest)
     else:
@@ -122,15 +133,34 @@ def nf4_linear(
     return y, made
 
 
+def nf4_dx(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    form: Form,
+    g: Tensor | None,
+    a: Tensor | None,
+) -> Tensor:
+    """dX = dY W + g A over a 4-bit weight; g and ``a`` [r, K] are given, or neither."""
+    count("nf4_dx", "cuda")
+    if a is not None:
+        a = (a if a.dtype == torch.float32 else a.to(dy.dtype)).contiguous()
+        a = a.clone() if a.data_ptr() % 8 else a
+    weight = _nf4_weight(codes, scales, form, form.cols)
+    return torch.ops.fastlora._nf4_dx_sm90(dy, *weight, a, g, None)
+
+
 def nf4_makes_h(x: Tensor, a: Tensor, b: Tensor, rng_state: Tensor | None) -> bool:
     """Whether csrc/nf4 makes h itself, and ``down`` is not needed."""
     return rng_state is None and _nf4_factors_miss(x, a, b) is None
 
 
-def _nf4_weight(codes: Tensor, scales: Sequence[Tensor], form: Form) -> tuple[object, ...]:
-    """A weight as the library's ops take it."""
+def _nf4_weight(
+    codes: Tensor, scales: Sequence[Tensor], form: Form, columns: int
+) -> tuple[object, ...]:
+    """A weight as the library's ops take it, which make a result of so many columns."""
     nested = scales[1:] or (None, None, None)
-    sizes = form.rows, form.block_size, form.nested_block_size or 1, form.fp4
+    sizes = columns, form.block_size, form.nested_block_size or 1, form.fp4
     return codes, scales[0], *nested, *sizes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._autocast import autocast_dtype
 from ..rng import mask_shape
 from . import cuda_backend, support
-from .nf4 import reads_codes
+from .nf4 import dx_reads_codes, reads_codes
 
 
 def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
@@ -85,10 +85,13 @@ def explain(layer: Any, x: Tensor) -> str:
     flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
     whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
     state = x.new_empty(2, dtype=torch.int64) if drops else None
-    codes = None  # the op that multiplies by them
+    codes = dx_codes = None  # the op that multiplies by them, and the backend that does for dX
     if quantized:
         codes = reads_codes(flat, held.codes, held.scales, held.form, lora_a, lora_b, state)
-        lines.append(_line("dequantize", f"W, for {'dX' if codes else 'y and again for dX'}", x, 0))
+        dx_codes = dx_reads_codes(dy, held.codes, held.form, lora_a, state)
+        takers = [name for name, by in (("y", codes), ("dX", dx_codes)) if by is None]
+        if takers:
+            lines.append(_line("dequantize", f"W, for {' and again for '.join(takers)}", x, 0))
     makes_h = lora_a is None or lora_b is None or cuda_backend.nf4_makes_h(flat, lora_a, lora_b, state)  # fmt: skip
     if codes:
         formula = "h = s x A^T,  y = x W^T + h B^T" if makes_h and rank else "y = x W^T + h B^T"
@@ -114,14 +117,19 @@ def explain(layer: Any, x: Tensor) -> str:
                 ),
             ),
         ):
-            whole[name] = "" if codes and name == "y" else _why_not_whole(x, rank, fit)
+            over_codes = codes if name == "y" else dx_codes
+            whole[name] = "" if over_codes else _why_not_whole(x, rank, fit)
     if codes:
         whole["y"] = ""
     elif whole["y"] == "":
         lines.append("  lora   h = s x A^T,  y = x W^T + h B^T  -> cuda   (one launch)")
-    if whole["dX"] == "":
+    dx_formula = "dX = dY W + g A" if rank else "dX = dY W"
+    if dx_codes:
+        whole["dX"] = ""
+        lines.append(f"  nf4_dx {dx_formula:32} -> {dx_codes}   (over the codes)")
+    elif whole["dX"] == "":
         lines.append("  lora   g, dX, dA, dB                    -> cuda   (one launch)")
-    if whole["y"] == whole["dX"] == "":
+    if whole["y"] == whole["dX"] == "" and not (dx_codes and rank):
         return "\n".join(lines)
 
     dx_whole = False  # g and dX in one launch, the gradients of the factors in another
@@ -131,8 +139,11 @@ def explain(layer: Any, x: Tensor) -> str:
     if dx_whole:
         lines.append("  lora   g = s dY B,  dX = dY W + g A     -> cuda   (one launch)")
     h = x.new_empty(rows, rank) if rank else None
-    if rank and (whole["y"] != "" or not dx_whole):
-        lines.append(_line("down", "h = s drop(x) A^T,  g = s dY B", x, rank))
+    made = ["h = s drop(x) A^T"] if whole["y"] != "" else []
+    if dx_codes or (whole["dX"] != "" and not dx_whole):
+        made.append("g = s dY B")
+    if rank and made:
+        lines.append(_line("down", ",  ".join(made), x, rank))
     words = x.new_empty(mask_shape(rows, k), dtype=torch.int32) if rank and drops else None
     a_t = None if lora_a is None else lora_a.t()
     forward = functools.partial(cuda_backend.gemm_fit, flat, weight, h, lora_b, None)
@@ -141,11 +152,10 @@ def explain(layer: Any, x: Tensor) -> str:
         formula = "y = x W^T + h B^T" if rank else "y = x W^T"
         lines.append(_line("gemm", formula, x, rank, forward))
     if whole["dX"] != "":
-        formula = "dX = dY W + g A" if rank else "dX = dY W"
         if not dx_whole:
-            lines.append(_line("gemm", formula, x, rank, backward))
-        if rank:
-            lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
+            lines.append(_line("gemm", dx_formula, x, rank, backward))
+    if rank and (dx_codes or whole["dX"] != ""):
+        lines.append(_line("wgrad", "dA = g^T drop(x),  dB = dY^T h", x, rank))
     if dx_whole:
         whole["dX"] = ""  # it is, only the gradients of A and B are not
     lines += [f"  {name} is not one launch: {why}" for name, why in whole.items() if why]

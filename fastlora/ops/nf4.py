@@ -1,4 +1,4 @@
-"""``torch.ops.fastlora._quantize/_dequantize/_nf4_linear``: 4-bit weights to and from floats, and a linear over one.
+"""``torch.ops.fastlora._quantize/_dequantize/_nf4_linear/_nf4_backward``: 4-bit weights to and from floats, and a linear over one.
 
 A weight [N, K] is held as ``codes`` (uint8, two elements a byte), ``scales`` and a ``Form``. ``scales`` is (absmax,), or with
 quantised scales (codes of absmax in uint8, nested_absmax, nested_code [256], offset [1]). Scales of fp32 may come as the
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import _library, reference
 from . import cuda_backend, raw, support
-from .linear import is_eager, lora_forward
+from .linear import _fake_backward as _fake_lora_backward
+from .linear import is_eager, lora_backward, lora_forward
 from .raw import backend_module
 from .support import Form
 
@@ -28,6 +29,12 @@ _ops.define(
     "_nf4_linear(Tensor x, Tensor codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
     "int nested_block_size, bool fp4, Tensor? a, Tensor? b, Tensor? bias, Tensor? scaling, float scale, "
     "Tensor? rng_state, int keep) -> (Tensor, Tensor)"
+)
+_ops.define(
+    "_nf4_backward(Tensor dy, Tensor? codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
+    "int nested_block_size, bool fp4, Tensor? a, Tensor? b, Tensor? x, Tensor? h, Tensor? scaling, float scale, "
+    "Tensor? rng_state, int keep, ScalarType dtype_a, ScalarType dtype_b, ScalarType? dtype_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -142,6 +149,60 @@ def _over_codes(
     return y, h
 
 
+def _backward(
+    dy: Tensor,
+    codes: Tensor | None,
+    scales: Sequence[Tensor],
+    rows: int,
+    cols: int,
+    block_size: int,
+    nested_block_size: int,
+    fp4: bool,
+    a: Tensor | None,
+    b: Tensor | None,
+    x: Tensor | None,
+    h: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    dtype_bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    form = Form(rows, cols, block_size, nested_block_size, fp4)
+    backend = None if codes is None else dx_reads_codes(dy, codes, form, a, rng_state)
+    if codes is None or backend is None:
+        w = None if codes is None else dequantize(codes, scales, form, dy.dtype)
+        return lora_backward(
+            dy, w, a, b, x, h, scaling, scale, rng_state, keep, cols, dtype_a, dtype_b, dtype_bias
+        )
+    g = None
+    if a is not None and b is not None:
+        g, _ = raw.down(dy, b.t(), scaling, scale)
+    dx = backend_module(backend).nf4_dx(dy, codes, _floats(scales), form, g, a)
+    if x is None and h is None and dtype_bias is None:
+        nothing = dy.new_empty(0)
+        return dx, nothing, nothing, nothing
+    for_b = dy if h is not None or dtype_bias is not None else None
+    for_a = None if x is None else g
+    return dx, *raw.wgrad(x, for_a, for_b, h, None, dtype_a, dtype_b, dtype_bias)
+
+
+def dx_reads_codes(
+    dy: Tensor, codes: Tensor, form: Form, a: Tensor | None, rng_state: Tensor | None
+) -> str | None:
+    """The backend whose ``nf4_dx`` multiplies by the codes as they lie; None where a weight in floats is made for dX."""
+    wish = support.preference().name
+    rank = 0 if a is None else a.shape[0]
+    if wish in (None, "cuda") and not support.miss("nf4_dx", "cuda", dy.device, dy.dtype, rank):
+        # g, dA and dB have no cuda kernels: who asks for cuda gets backward that is cuda throughout.
+        throughout = wish is None or a is None
+        if throughout and cuda_backend.nf4_dx_fit(dy, codes, form, rng_state) == support.Fit():
+            return "cuda"
+    return None
+
+
 def _fake_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     n = weight.numel()
     codes = weight.new_empty((n + 1) // 2, dtype=torch.uint8)
@@ -157,9 +218,18 @@ def _fake_linear(x, codes, scales, rows, cols, block_size, nested_block_size, fp
     return x.new_empty(x.shape[0], rows), h
 
 
+def _fake_backward(  # type: ignore[no-untyped-def]
+    dy, codes, scales, rows, cols, block_size, nested_block_size, fp4, a, b, x, h, scaling, scale, rng_state, keep, *dtypes
+):  # fmt: skip
+    return _fake_lora_backward(
+        dy, codes, a, b, x, h, scaling, scale, rng_state, keep, cols, *dtypes
+    )
+
+
 for _name, _kernel, _fake in (
     ("_quantize", _quantize, _fake_quantize),
     ("_nf4_linear", _linear, _fake_linear),
+    ("_nf4_backward", _backward, _fake_backward),
     ("_dequantize", _dequantize, _fake_dequantize),
 ):
     _ops.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -198,6 +268,38 @@ def nf4_linear(
     run = torch.ops.fastlora._nf4_linear.default
     y, h = run(x, codes, scales, *form, a, b, bias, scaling, scale, rng_state, keep)
     return y, h
+
+
+def nf4_backward(
+    dy: Tensor,
+    codes: Tensor | None,
+    scales: Sequence[Tensor],
+    form: Form,
+    a: Tensor | None,
+    b: Tensor | None,
+    x: Tensor | None,
+    h: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    dtype_bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``lora_backward`` over a 4-bit weight: dX where codes are given, which takes a and b or neither.
+
+    dX of up to a thousand rows without dropout takes the codes as they are, where a kernel can; else a weight in floats.
+    """
+    if is_eager(dy):
+        return _backward(
+            dy, codes, scales, *form, a, b, x, h, scaling, scale, rng_state, keep, dtype_a, dtype_b, dtype_bias
+        )  # fmt: skip
+    run = torch.ops.fastlora._nf4_backward.default
+    dx, d_a, d_b, d_bias = run(
+        dy, codes, scales, *form, a, b, x, h, scaling, scale, rng_state, keep, dtype_a, dtype_b, dtype_bias
+    )  # fmt: skip
+    return dx, d_a, d_b, d_bias
 
 
 def quantize_scales(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ MAX_RANK = 512
 @dataclass(frozen=True)
 class Row:
     """One op on one backend and the problems it takes. ``lora`` is all ops of a linear in one launch; ``nf4_few`` and
-    ``nf4_gemm`` are its forward over a 4-bit weight that is read as it lies."""
+    ``nf4_gemm`` are its forward over a 4-bit weight that is read as it lies, ``nf4_dx`` is dX over one."""
 
     op: str
     backend: str
@@ -77,6 +77,15 @@ ROWS = (
         _HALF_DTYPES,
         min_capability=(9, 0),
         kernel="_nf4_linear_sm90",
+        max_rank=MAX_RANK,
+        exactly=True,
+    ),
+    Row(
+        "nf4_dx",
+        "cuda",
+        _HALF_DTYPES,
+        min_capability=(9, 0),
+        kernel="_nf4_dx_sm90",
         max_rank=MAX_RANK,
         exactly=True,
     ),
@@ -140,7 +149,7 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
-_SWITCHED = {"one_launch": ("lora",), "nf4_codes": ("nf4_few", "nf4_gemm")}
+_SWITCHED = {"one_launch": ("lora",), "nf4_codes": ("nf4_few", "nf4_gemm", "nf4_dx")}
 
 
 @functools.lru_cache(maxsize=4096)

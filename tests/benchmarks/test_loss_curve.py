@@ -89,6 +89,6 @@ def test_the_curve_on_a_gpu(tmp_path):
     for name in loss_curve.OURS:
         launched = found["launches"][name]
         assert {key.split()[1] for key in launched} <= {"cuda", "triton"}, launched
-        reading = ("dequantize", "nf4_few", "nf4_gemm")
+        reading = ("dequantize", "nf4_few", "nf4_gemm", "nf4_dx")
         ran = sum(n for key, n in launched.items() if key.split()[0] in reading)
         assert ran >= 200 * (28 + 28 - 3)

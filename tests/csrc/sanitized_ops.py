@@ -56,6 +56,12 @@ def run_nf4(m: int, n: int, k: int, dtype: torch.dtype) -> None:
             ops._nf4_linear_sm80(x, *plain, a, b, None, bias, None, 0.5)
             for rows in (16, 64, 256) if k % 256 == 0 else ():
                 ops._nf4_linear_sm90(x, *plain, a, b, None, bias, None, 0.5, [rows, k // 256])
+            g, room = (torch.randn(m, c, device="cuda").to(BF16) for c in (r, -(-n // 8) * 8))
+            dy, back = room[:, :n], (codes, absmax, None, None, None, k, 64, 1, False)
+            for rows in (16, 64, 256):
+                ops._nf4_dx_sm90(dy, *back, a, g, [rows, min(2, -(-n // 64))])
+            back = codes, scales, nested, code, offset, k, 64, 256, True
+            ops._nf4_dx_sm90(dy, *back, None, None, None)
         double = codes, scales, nested, code, offset, n, 64, 256, True
         ops._nf4_linear_sm80(x, *double, None, None, None, None, None, 1.0)
         if k % 256 == 0:

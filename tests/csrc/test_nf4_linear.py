@@ -8,6 +8,7 @@ import fastlora
 from fastlora import NF4Tensor, QLoRALinear, reference
 from fastlora.ops import Form, cuda_backend, support
 from fastlora.testing.compare import assert_accurate
+from tests.csrc.common import exact_weight, integers, nf4_arguments
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = pytest.mark.gpu
@@ -56,29 +57,11 @@ KINDS = [
 
 
 def run(kind, x, q, a=None, b=None, bias=None, scale=1.0, scaling=None, h=None, config=None):
-    scales = [t.view(-1).view(FP32) if t.dtype == torch.int32 else t.view(-1) for t in q.scales]
-    nested = scales[1:] or (None, None, None)
-    form = q.form
-    sizes = form.rows, form.block_size, form.nested_block_size or 1, form.fp4
-    weight = q.codes.view(-1), scales[0], *nested, *sizes
+    weight = nf4_arguments(q, q.form.rows)
     if kind == "few":
         return torch.ops.fastlora._nf4_linear_sm80(x, *weight, a, b, h, bias, scaling, scale)
     op = torch.ops.fastlora._nf4_linear_sm90
     return op(x, *weight, a, b, h, bias, scaling, scale, config)
-
-
-def exact_weight(n, k, block_size=64):
-    """-1, 0 and 1 times powers of two: no sum of these is rounded."""
-    pick = torch.tensor([0x0, 0x7, 0xF], device="cuda")[
-        torch.randint(0, 3, (n * k,), device="cuda")
-    ]
-    codes = (pick[0::2] * 16 + pick[1::2]).to(torch.uint8)
-    absmax = 2.0 ** torch.randint(-1, 3, (n * k // block_size,), device="cuda")
-    return NF4Tensor(codes, (absmax,), (n, k), BF16, block_size)
-
-
-def integers(*shape, dtype=BF16, limit=3):
-    return torch.randint(-limit, limit + 1, shape, device="cuda").to(dtype)
 
 
 @pytest.mark.parametrize("factors", [None, BF16, FP32])

@@ -35,7 +35,8 @@ def test_it_is_read_on_import():
 
 
 @pytest.mark.parametrize(
-    ("step", "op"), [("one_launch", "lora"), ("nf4_codes", "nf4_few"), ("nf4_codes", "nf4_gemm")]
+    ("step", "op"),
+    [("one_launch", "lora"), *(("nf4_codes", op) for op in ("nf4_few", "nf4_gemm", "nf4_dx"))],
 )
 def test_what_is_switched_off_is_no_kernel(monkeypatch, step, op):
     monkeypatch.setattr(switches, "_OFF", frozenset({step}))
