@@ -7,7 +7,9 @@ int32 with the same bits, in which layers keep them. Contracts as in reference.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,15 +79,40 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     form = Form(rows, cols, block_size, nested_block_size, fp4)
     floats = _floats(scales)
-    op = reads_codes(x, codes, floats, form, a, b, rng_state)
-    if op == "nf4_gemm":
-        return _gemm(x, codes, floats, form, a, b, bias, scaling, scale, rng_state, keep)
-    if op == "nf4_few":
+    reader = reads_codes(x, codes, floats, form, a, b, rng_state)
+    if reader is not None and reader.op == "nf4_gemm":
+        rest = a, b, bias, scaling, scale, rng_state, keep
+        return _gemm(reader, x, codes, floats, form, *rest)
+    if reader is not None:
         return cuda_backend.nf4_few(x, codes, floats, form, a, b, bias, scaling, scale)
     w = dequantize(codes, scales, form, x.dtype)
     if a is None or b is None:
         return raw.gemm(x, w, None, None, bias), x.new_empty(0)
     return lora_forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
+
+
+class Reader(NamedTuple):
+    """Who multiplies by the codes, and whether it makes h too."""
+
+    op: str
+    backend: str
+    makes_h: bool
+
+
+# Above, a weight in floats costs less than decoding it for every 16 to 64 rows again (to be measured: benchmarks/NOTES.md).
+_MOST_TRITON_ROWS = 64
+
+
+def triton_codes_fit(rows: int, form: Form) -> support.Fit:
+    """How a product with ``rows`` rows suits fastlora/triton/nf4_linear.py."""
+    if form.cols % 2:
+        return support.Fit(f"needs an even K, whose rows begin with a byte, got {form.cols}")
+    if rows > _MOST_TRITON_ROWS:
+        return support.Fit(None, f"{rows} rows are for a weight in floats")
+    group = math.gcd(form.cols, form.block_size)
+    if group < 32:
+        return support.Fit(None, f"every {group} elements another scale: for a weight in floats")
+    return support.Fit()
 
 
 def reads_codes(
@@ -96,27 +123,33 @@ def reads_codes(
     a: Tensor | None,
     b: Tensor | None,
     rng_state: Tensor | None,
-) -> str | None:
-    """The op that multiplies by the codes as they lie; None where a weight in floats is made for forward."""
-    if support.preference().name not in (None, "cuda"):
-        return None
+) -> Reader | None:
+    """Who multiplies by the codes as they lie; None where a weight in floats is made for forward."""
+    wish = support.preference().name
     rank = 0 if a is None else a.shape[0]
 
-    def runs(op: str) -> bool:
-        return support.miss(op, "cuda", x.device, x.dtype, rank) is None
+    def runs(op: str, backend: str) -> bool:
+        return (
+            wish in (None, backend)
+            and support.miss(op, backend, x.device, x.dtype, rank) is None
+            and (backend != "triton" or wish == "triton" or x.device.type != "cpu")
+        )
 
-    if runs("nf4_gemm"):
+    if runs("nf4_gemm", "cuda"):
         fit = cuda_backend.nf4_gemm_fit(x, codes, scales, form)
         # `down` has no cuda kernel: who asks for cuda gets the linear that is cuda throughout.
         whole = a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state)
-        if fit == support.Fit() and (whole or support.preference().name is None):
-            return "nf4_gemm"
-    if runs("nf4_few") and not cuda_backend.nf4_few_miss(x, codes, form, a, b, rng_state):
-        return "nf4_few"
+        if fit == support.Fit() and (whole or wish is None):
+            return Reader("nf4_gemm", "cuda", whole)
+    if runs("nf4_few", "cuda") and not cuda_backend.nf4_few_miss(x, codes, form, a, b, rng_state):
+        return Reader("nf4_few", "cuda", True)
+    if runs("nf4_gemm", "triton") and triton_codes_fit(x.shape[0], form) == support.Fit():
+        return Reader("nf4_gemm", "triton", a is None or b is None)
     return None
 
 
 def _gemm(
+    reader: Reader,
     x: Tensor,
     codes: Tensor,
     scales: list[Tensor],
@@ -130,12 +163,18 @@ def _gemm(
     keep: int,
 ) -> tuple[Tensor, Tensor]:
     weight = codes, scales, form
-    if a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state):
+    if reader.backend == "cuda" and reader.makes_h:
         return cuda_backend.nf4_gemm(x, *weight, a, b, None, bias, scaling, scale)
-    h, _ = raw.down(x, a, scaling, scale, rng_state, keep, 0)
-    b = b.to(x.dtype) if b.dtype != torch.float32 else b
-    y, _ = cuda_backend.nf4_gemm(x, *weight, None, b.contiguous(), h, bias, None, 1.0)
-    return y, h
+    h = None
+    if a is not None and b is not None:
+        h, _ = raw.down(x, a, scaling, scale, rng_state, keep, 0)
+    if reader.backend == "triton":
+        y = backend_module("triton").nf4_linear.forward(x, *weight, h, b, bias)
+    else:
+        assert b is not None
+        b = b.to(x.dtype) if b.dtype != torch.float32 else b
+        y, _ = cuda_backend.nf4_gemm(x, *weight, None, b.contiguous(), h, bias, None, 1.0)
+    return y, x.new_empty(0) if h is None else h
 
 
 def _fake_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

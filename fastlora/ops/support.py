@@ -27,7 +27,7 @@ MAX_RANK = 512
 @dataclass(frozen=True)
 class Row:
     """One op on one backend and the problems it takes. ``lora`` is all ops of a linear in one launch; ``nf4_few`` and
-    ``nf4_gemm`` are its forward over a 4-bit weight that is read as it lies."""
+    ``nf4_gemm`` are its forward over a 4-bit weight that is read as it lies, ``nf4_dx`` dX over one."""
 
     op: str
     backend: str
@@ -80,7 +80,10 @@ ROWS = (
         max_rank=MAX_RANK,
         exactly=True,
     ),
-    *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
+    *(
+        Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK)
+        for op in (*OPS, "nf4_gemm", "nf4_dx")
+    ),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
 )
 
@@ -140,7 +143,7 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
-_SWITCHED = {"one_launch": ("lora",), "nf4_codes": ("nf4_few", "nf4_gemm")}
+_SWITCHED = {"one_launch": ("lora",), "nf4_codes": ("nf4_few", "nf4_gemm", "nf4_dx")}
 
 
 @functools.lru_cache(maxsize=4096)
