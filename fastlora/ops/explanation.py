@@ -85,18 +85,18 @@ def explain(layer: Any, x: Tensor) -> str:
     flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
     whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
     state = x.new_empty(2, dtype=torch.int64) if drops else None
-    codes = dx_codes = None  # the op that multiplies by them, and the backend that does for dX
+    codes = dx_codes = None  # who multiplies by them, and the backend that does for dX
     if quantized:
         codes = reads_codes(flat, held.codes, held.scales, held.form, lora_a, lora_b, state)
         dx_codes = dx_reads_codes(dy, held.codes, held.form, lora_a, state)
         takers = [name for name, by in (("y", codes), ("dX", dx_codes)) if by is None]
         if takers:
             lines.append(_line("dequantize", f"W, for {' and again for '.join(takers)}", x, 0))
-    makes_h = lora_a is None or lora_b is None or cuda_backend.nf4_makes_h(flat, lora_a, lora_b, state)  # fmt: skip
     if codes:
-        formula = "h = s x A^T,  y = x W^T + h B^T" if makes_h and rank else "y = x W^T + h B^T"
-        lines.append(f"  {codes} {formula:32} -> cuda   (over the codes)")
-    if codes and not makes_h:
+        formula = "y = x W^T + h B^T" if rank else "y = x W^T"
+        formula = f"h = s x A^T,  {formula}" if codes.makes_h and rank else formula
+        lines.append(f"  {codes.op} {formula:32} -> {codes.backend}   (over the codes)")
+    if codes and not codes.makes_h:
         lines.append(_line("down", "h = s drop(x) A^T", x, rank))
     if rank and lora_a is not None and lora_b is not None:
         saved_h = x.new_empty(rows, rank)

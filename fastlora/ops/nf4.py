@@ -7,7 +7,9 @@ int32 with the same bits, in which layers keep them. Contracts as in reference.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,13 +86,38 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     form = Form(rows, cols, block_size, nested_block_size, fp4)
     floats = _floats(scales)
-    op = reads_codes(x, codes, floats, form, a, b, rng_state)
-    if op is not None:
-        return _over_codes(op, x, codes, floats, form, a, b, bias, scaling, scale, rng_state, keep)
+    reader = reads_codes(x, codes, floats, form, a, b, rng_state)
+    if reader is not None:
+        rest = a, b, bias, scaling, scale, rng_state, keep
+        return _over_codes(reader, x, codes, floats, form, *rest)
     w = dequantize(codes, scales, form, x.dtype)
     if a is None or b is None:
         return raw.gemm(x, w, None, None, bias), x.new_empty(0)
     return lora_forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
+
+
+class Reader(NamedTuple):
+    """Who multiplies by the codes, and whether it makes h too."""
+
+    op: str
+    backend: str
+    makes_h: bool
+
+
+# Above, a weight in floats costs less than decoding it for every 16 to 64 rows again (to be measured: benchmarks/NOTES.md).
+_MOST_TRITON_ROWS = 64
+
+
+def triton_codes_fit(rows: int, form: Form) -> support.Fit:
+    """How a product with ``rows`` rows suits fastlora/triton/nf4_linear.py."""
+    if form.cols % 2:
+        return support.Fit(f"needs an even K, whose rows begin with a byte, got {form.cols}")
+    if rows > _MOST_TRITON_ROWS:
+        return support.Fit(None, f"{rows} rows are for a weight in floats")
+    group = math.gcd(form.cols, form.block_size)
+    if group < 32:
+        return support.Fit(None, f"every {group} elements another scale: for a weight in floats")
+    return support.Fit()
 
 
 def reads_codes(
@@ -101,33 +128,44 @@ def reads_codes(
     a: Tensor | None,
     b: Tensor | None,
     rng_state: Tensor | None,
-) -> str | None:
-    """The op that multiplies by the codes as they lie; None where a weight in floats is made for forward."""
-    if support.preference().name not in (None, "cuda"):
-        return None
+) -> Reader | None:
+    """Who multiplies by the codes as they lie; None where a weight in floats is made for forward."""
+    wish = support.preference().name
     rank = 0 if a is None else a.shape[0]
 
     # `down` has no cuda kernel: who asks for cuda gets the linear that is cuda throughout.
     whole = a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state)
-    if not whole and support.preference().name is not None:
-        return None
     spare = None
     for op, fit in (
         ("nf4_few", lambda: cuda_backend.nf4_few_fit(x, codes, form)),
         ("nf4_gemm", lambda: cuda_backend.nf4_gemm_fit(x, codes, scales, form)),
     ):
+        if wish not in (None, "cuda") or not (whole or wish is None):
+            break
         if support.miss(op, "cuda", x.device, x.dtype, rank) is not None:
             continue
         suits = fit()
         if suits == support.Fit():
-            return op
+            return Reader(op, "cuda", whole)
         if suits.miss is None and op == "nf4_few":
-            spare = op  # slower than another kernel, not than a weight in floats
+            spare = Reader(op, "cuda", whole)  # slower than another kernel, not than floats
+    if spare is None and _triton_reads("nf4_gemm", x, form, rank):
+        return Reader("nf4_gemm", "triton", a is None or b is None)
     return spare
 
 
+def _triton_reads(op: str, x: Tensor, form: Form, rank: int) -> bool:
+    """Whether fastlora/triton/nf4_linear.py multiplies by the codes now."""
+    wish = support.preference().name
+    return (
+        (wish == "triton" or (wish is None and x.device.type != "cpu"))
+        and support.miss(op, "triton", x.device, x.dtype, rank) is None
+        and triton_codes_fit(x.shape[0], form) == support.Fit()
+    )
+
+
 def _over_codes(
-    op: str,
+    reader: Reader,
     x: Tensor,
     codes: Tensor,
     scales: list[Tensor],
@@ -141,12 +179,18 @@ def _over_codes(
     keep: int,
 ) -> tuple[Tensor, Tensor]:
     weight = codes, scales, form
-    if a is None or b is None or cuda_backend.nf4_makes_h(x, a, b, rng_state):
-        return cuda_backend.nf4_linear(op, x, *weight, a, b, None, bias, scaling, scale)
-    h, _ = raw.down(x, a, scaling, scale, rng_state, keep, 0)
-    b = b.to(x.dtype) if b.dtype != torch.float32 else b
-    y, _ = cuda_backend.nf4_linear(op, x, *weight, None, b.contiguous(), h, bias, None, 1.0)
-    return y, h
+    if reader.backend == "cuda" and reader.makes_h:
+        return cuda_backend.nf4_linear(reader.op, x, *weight, a, b, None, bias, scaling, scale)
+    h = None
+    if a is not None and b is not None:
+        h, _ = raw.down(x, a, scaling, scale, rng_state, keep, 0)
+    if reader.backend == "triton":
+        y = backend_module("triton").nf4_linear.forward(x, *weight, h, b, bias)
+    else:
+        assert b is not None
+        b = b.to(x.dtype) if b.dtype != torch.float32 else b
+        y, _ = cuda_backend.nf4_linear(reader.op, x, *weight, None, b.contiguous(), h, bias, None, 1.0)  # fmt: skip
+    return y, x.new_empty(0) if h is None else h
 
 
 def _backward(
@@ -200,6 +244,8 @@ def dx_reads_codes(
         throughout = wish is None or a is None
         if throughout and cuda_backend.nf4_dx_fit(dy, codes, form, rng_state) == support.Fit():
             return "cuda"
+    if rng_state is None and _triton_reads("nf4_dx", dy, form, rank):
+        return "triton"
     return None
 
 

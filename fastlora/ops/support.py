@@ -89,7 +89,10 @@ ROWS = (
         max_rank=MAX_RANK,
         exactly=True,
     ),
-    *(Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK) for op in OPS),
+    *(
+        Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK)
+        for op in (*OPS, "nf4_gemm", "nf4_dx")
+    ),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
 )
 

@@ -1,9 +1,11 @@
 """The ``triton`` backend: every op as a Triton kernel, same contracts as reference.py and csrc/."""
 
+from . import nf4_linear
 from .down import down
 from .gemm import gemm
 from .mask import mask
 from .nf4 import dequantize, quantize
+from .nf4_linear import dx as nf4_dx
 from .wgrad import wgrad
 
-__all__ = ["dequantize", "down", "gemm", "mask", "quantize", "wgrad"]
+__all__ = ["dequantize", "down", "gemm", "mask", "nf4_dx", "nf4_linear", "quantize", "wgrad"]

@@ -89,6 +89,14 @@ def _sum_kernel(partial, out, numel, splits, BLOCK: tl.constexpr, CHAIN: tl.cons
     tl.store(out + i, acc.to(out.dtype.element_ty), mask=i < numel)
 
 
+def sum_splits(partial: Tensor, out: Tensor) -> None:
+    """out = the sum of fp32 ``partial`` [splits, *out.shape] in order, rounded once."""
+    numel = out.numel()
+    arguments = partial, out, numel, partial.shape[0]
+    grid = (launch.cdiv(numel, 1024),)
+    launch.run(_sum_kernel, grid, out.device, arguments, dict(BLOCK=1024), 4, 1)
+
+
 _MOST_EMITTED_A_STEP = 65536  # elements of the mask
 
 
@@ -188,8 +196,6 @@ def down(
         tile.stages,
     )  # fmt: skip
     if splits > 1:
-        numel = m * rank
-        grid = (launch.cdiv(numel, 1024),)
-        launch.run(_sum_kernel, grid, x.device, (target, h, numel, splits), dict(BLOCK=1024), 4, 1)
+        sum_splits(target, h)
     count("down", "triton")
     return h, words

@@ -29,7 +29,7 @@ from .mask import expand, load_words
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     src, row0, col0, rows, cols, stride_row, stride_col,
     BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def _load_tile(
 
 
 @triton.jit
-def _low_rank(
+def add_low_rank(
     h_tile, l_tile, acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
     BM: tl.constexpr, COLS: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -51,8 +51,8 @@ def _low_rank(
     lost = lost_bits(acc, h_tile.dtype)
     acc, lost = dot_add(h_tile, l_tile, acc, lost, PRECISION)
     for r0 in tl.static_range(BR, RP, BR):
-        h_tile = _load_tile(h, row0, r0, M, R, stride_hm, stride_hr, BM, BR, False)
-        l_tile = _load_tile(l, r0, col0, R, N, stride_lr, stride_ln, BR, COLS, False)
+        h_tile = load_tile(h, row0, r0, M, R, stride_hm, stride_hr, BM, BR, False)
+        l_tile = load_tile(l, r0, col0, R, N, stride_lr, stride_ln, BR, COLS, False)
         acc, lost = dot_add(h_tile, l_tile.to(h_tile.dtype), acc, lost, PRECISION)
     return acc
 
@@ -111,12 +111,12 @@ def _gemm_kernel(
         h_tile, l_0, l_1, words_0, words_1, low = None, None, None, None, None, None
         col1 = col0 + COLS
         if LOW_RANK:
-            h_tile = _load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
-            l_0 = _load_tile(l, 0, col0, R, N, stride_lr, stride_ln, BR, LOW_COLS, False).to(DTYPE)
+            h_tile = load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
+            l_0 = load_tile(l, 0, col0, R, N, stride_lr, stride_ln, BR, LOW_COLS, False).to(DTYPE)
         if MASK:
             words_0 = load_words(words, row0, col0, M, pitch, BM, COLS)
             if HALVES:
-                l_1 = _load_tile(l, 0, col1, R, N, stride_lr, stride_ln, BR, COLS, False).to(DTYPE)
+                l_1 = load_tile(l, 0, col1, R, N, stride_lr, stride_ln, BR, COLS, False).to(DTYPE)
                 words_1 = load_words(words, row0, col1, M, pitch, BM, COLS)
 
         acc = tl.zeros((BM, BN), tl.float32)
@@ -134,31 +134,31 @@ def _gemm_kernel(
                 x_tile = x_from.load([row0, k0])
                 w_tile = w_from.load([col0, k0]).T if W_K_MAJOR else w_from.load([k0, col0])
             else:
-                x_tile = _load_tile(x, row0, k0, M, K, stride_xm, stride_xk, BM, BK, EVEN)
-                w_tile = _load_tile(w, k0, col0, K, N, stride_wk, stride_wn, BK, BN, EVEN)
+                x_tile = load_tile(x, row0, k0, M, K, stride_xm, stride_xk, BM, BK, EVEN)
+                w_tile = load_tile(w, k0, col0, K, N, stride_wk, stride_wn, BK, BN, EVEN)
             acc, lost = dot_add(x_tile, w_tile, acc, lost, PRECISION)
 
         if LOW_RANK and not MASK:
-            acc = _low_rank(h_tile, l_0, acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
+            acc = add_low_rank(h_tile, l_0, acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
                             BM, BN, BR, RP, PRECISION)  # fmt: skip
         if HALVES:  # half the registers for a masked product, half the memory to stage y in
             acc_0, acc_1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLS)), (0, 2, 1)))
             if MASK:
-                low = _low_rank(h_tile, l_0, tl.zeros_like(acc_0), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
+                low = add_low_rank(h_tile, l_0, tl.zeros_like(acc_0), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
             _finish(acc_0, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
             if MASK:
-                low = _low_rank(h_tile, l_1, tl.zeros_like(acc_1), h, l, row0, col1, M, N, R, stride_hm, stride_hr,
+                low = add_low_rank(h_tile, l_1, tl.zeros_like(acc_1), h, l, row0, col1, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
             _finish(acc_1, low, words_1, y, bias, row0, col1, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
         else:
             if MASK:
-                low = _low_rank(h_tile, l_0, tl.zeros_like(acc), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
+                low = add_low_rank(h_tile, l_0, tl.zeros_like(acc), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
             _finish(acc, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
 
 
-_TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def gemm(
             GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
             EVEN=m % tile.bm == 0 and n % tile.bn == 0 and k % tile.bk == 0,
             EXTEND=extend, LOW_RANK=low_rank, MASK=masked, BIAS=bias is not None, HALVES=tile.halves,
-            DTYPE=_TL_DTYPE[x.dtype], PRECISION=launch.input_precision(x.dtype),
+            DTYPE=TL_DTYPE[x.dtype], PRECISION=launch.input_precision(x.dtype),
         ),
         tile.warps,
         tile.stages,

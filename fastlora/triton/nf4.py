@@ -36,6 +36,16 @@ def _product(a, b, ROUND: tl.constexpr):
 
 
 @triton.jit
+def scale_of(held, outer, nested_code, offset, NESTED: tl.constexpr, ROUND: tl.constexpr):
+    """The fp32 scales of blocks from what is held for them: themselves, or codes and the scales of those."""
+    if NESTED > 0:
+        scale = tl.load(nested_code + held.to(tl.int32))
+        return _product(scale, outer, ROUND) + tl.load(offset)
+    else:
+        return held
+
+
+@triton.jit
 def _dequantize_kernel(
     out, codes, values, absmax, nested_absmax, nested_code, offset, n, BLOCK_SIZE: tl.constexpr,
     NESTED: tl.constexpr, BYTES: tl.constexpr, ROUND: tl.constexpr, CHAIN: tl.constexpr,
@@ -45,12 +55,9 @@ def _dequantize_kernel(
     there = byte * 2 < n
     packed = tl.load(codes + byte, mask=there, other=0).to(tl.int32)
     block = byte * 2 // BLOCK_SIZE
-    if NESTED > 0:
-        scale = tl.load(nested_code + tl.load(absmax + block, mask=there, other=0).to(tl.int32))
-        wide = tl.load(nested_absmax + block // NESTED, mask=there, other=0)
-        scale = _product(scale, wide, ROUND) + tl.load(offset)
-    else:
-        scale = tl.load(absmax + block, mask=there, other=0)
+    held = tl.load(absmax + block, mask=there, other=0)
+    outer = tl.load(nested_absmax + block // NESTED, mask=there, other=0) if NESTED > 0 else held
+    scale = scale_of(held, outer, nested_code, offset, NESTED, ROUND)
     high = tl.load(values + (packed >> 4)) * scale
     low = tl.load(values + (packed & 15)) * scale
     element = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
@@ -81,7 +88,8 @@ def _quantize_kernel(
 
 
 @functools.cache
-def _values(device: torch.device, fp4: bool) -> Tensor:
+def values(device: torch.device, fp4: bool) -> Tensor:
+    """The values of the 16 codes, fp32, on ``device``."""
     return reference.code_values(fp4).to(device)
 
 
@@ -117,7 +125,7 @@ def dequantize(codes: Tensor, scales: Sequence[Tensor], form: Form, dtype: torch
     arguments = (
         out,
         codes,
-        _values(codes.device, form.fp4),
+        values(codes.device, form.fp4),
         absmax,
         *nested,
         out.numel(),

@@ -5,7 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import NF4Tensor, reference
+from fastlora import NF4Tensor, reference, switches
+from fastlora.ops import support
 from fastlora.testing.compare import assert_accurate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -42,7 +43,7 @@ def dtypes(device):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_lora_linear_over_the_dequantised_weight(shape, factors, device):
     """Against the formula in fp64, by the error of torch's own; and equal to lora_linear over that weight, but where
-    csrc/nf4 multiplies by the codes: these round value * absmax in other places."""
+    codes are multiplied as they lie: these kernels sum in another order, and csrc/nf4 rounds in other places."""
     for dtype in dtypes(device):
         kind = dtype if factors == "same" else factors
         x, q, a, b, bias, dy = problem(*shape, dtype, kind, device)
@@ -61,8 +62,7 @@ def test_it_is_lora_linear_over_the_dequantised_weight(shape, factors, device):
         leaves = (x, a, b, bias)
         fastlora.reset_launches()
         got = gradients(ours, leaves, dy)
-        over_codes = {(op, "cuda") for op in ("nf4_few", "nf4_gemm", "nf4_dx")}
-        few = over_codes & fastlora.launches().keys()
+        few = {"nf4_few", "nf4_gemm", "nf4_dx"} & {op for op, _ in fastlora.launches()}
         alike = gradients(same, leaves, dy)
         naive = gradients(plain, leaves, dy)
         true = gradients(plain, [t.double() for t in leaves], dy.double())
@@ -99,6 +99,82 @@ def test_the_whole_of_it_on_one_backend(backend):
         assert (value.double() - truth).norm() < 6e-3 * truth.norm()
 
 
+def forward_launches(x, q, a, b, bias, **options):
+    """y without gradients, and what was launched for it."""
+    fastlora.reset_launches()
+    with torch.no_grad():
+        y = fastlora.qlora_linear(x, q, a, b, 0.5, bias, **options)
+    return y, fastlora.launches()
+
+
+CODES = {("down", "triton"): 1, ("nf4_gemm", "triton"): 1}
+FLOATS = {("dequantize", "triton"): 1, ("down", "triton"): 1, ("gemm", "triton"): 1}
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("factors", [FP16, FP32])
+def test_few_rows_are_multiplied_by_the_codes_on_triton(factors, double_quant, device):
+    """Up to 64 rows, with dropout and without factors too; and the result is that of a weight in floats."""
+    if support.miss("nf4_gemm", "triton", device, FP16, 8):
+        pytest.skip("Triton does not run here")
+    x, q, a, b, bias, _ = problem(65, 128, 96, 8, FP16, factors, device, double_quant)
+    with fastlora.backend("triton", strict=True):
+        y, ran = forward_launches(x[:64], q, a, b, bias)
+        assert ran == CODES
+        floats, ran = forward_launches(x, q, a, b, bias)
+        assert ran == FLOATS
+        torch.testing.assert_close(y, floats[:64], rtol=2e-3, atol=2e-3)
+        none, ran = forward_launches(x[:3], q, a[:0], b[:, :0], bias)
+        assert ran == {("nf4_gemm", "triton"): 1}
+        frozen = torch.nn.functional.linear(x[:3], q.dequantize(FP16), bias)
+        torch.testing.assert_close(none, frozen, rtol=2e-3, atol=2e-3)
+        torch.manual_seed(1)
+        dropped, ran = forward_launches(x[:64], q, a, b, bias, dropout_p=0.5)
+        assert ran == CODES
+    torch.manual_seed(1)
+    with fastlora.backend("torch"):
+        same, _ = forward_launches(x[:64], q, a, b, bias, dropout_p=0.5)
+    assert not torch.equal(dropped, y)
+    torch.testing.assert_close(dropped, same, rtol=2e-3, atol=2e-3)
+
+
+def test_what_the_codes_are_not_read_for_on_triton(device, monkeypatch):
+    """Rows that begin amid a byte, or far from a block's begin, and where it is switched off: a weight in floats, on Triton
+    all the same."""
+    if support.miss("nf4_gemm", "triton", device, FP16, 8):
+        pytest.skip("Triton does not run here")
+    odd = problem(3, 33, 20, 4, FP16, device=device)[:-1]
+    amid = problem(3, 72, 20, 4, FP16, device=device)[:-1]
+    even = problem(3, 96, 20, 4, FP16, device=device)[:-1]
+    with fastlora.backend("triton", strict=True):
+        assert forward_launches(*odd)[1] == forward_launches(*amid)[1] == FLOATS
+        assert forward_launches(*even)[1] == CODES
+        monkeypatch.setattr(switches, "_OFF", frozenset({"nf4_codes"}))
+        support.miss.cache_clear()
+        try:
+            assert forward_launches(*even)[1] == FLOATS
+        finally:
+            support.miss.cache_clear()
+    if device.type == "cpu":  # the interpreter is no default
+        monkeypatch.undo()
+        assert {name for _, name in forward_launches(*even)[1]} == {"torch"}
+
+
+def test_explain_knows_that_triton_reads_the_codes(device):
+    layer = fastlora.QLoRALinear.from_linear(torch.nn.Linear(128, 96, device=device), r=8)
+    x = torch.randn(5, 128, device=device)
+    with fastlora.backend("triton"):
+        if support.miss("nf4_gemm", "triton", device, FP32, 8):
+            pytest.skip("Triton does not run here")
+        text = fastlora.explain(layer, x)
+        line = next(line for line in text.splitlines() if "nf4_gemm" in line)
+        assert "-> triton   (over the codes)" in line and "y = x W^T + h B^T" in line
+        assert "h = s" not in line and "down   h = s drop(x) A^T " in text
+        assert "W, for dX " in text and "y and again" not in text
+        many = fastlora.explain(layer, torch.randn(65, 128, device=device))
+        assert "nf4_gemm" not in many and "y and again for dX" in many
+
+
 def test_the_float_weight_is_not_saved(device):
     x, q, a, b, bias, dy = problem(device=device)
     seen = []
@@ -116,7 +192,7 @@ def test_the_float_weight_is_not_saved(device):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_dequantises_once_a_pass(reentrant, device):
+def test_checkpointing_reads_the_codes_once_a_pass(reentrant, device):
     x, q, a, b, bias, dy = problem(device=device)
     leaves = [t.requires_grad_() for t in (x, a, b)]
 
@@ -129,7 +205,8 @@ def test_checkpointing_dequantises_once_a_pass(reentrant, device):
     fastlora.reset_launches()
     y = checkpoint(run, x, use_reentrant=reentrant)
     y.backward(dy)
-    assert sum(n for (op, _), n in fastlora.launches().items() if op == "dequantize") == 3
+    reading = ("dequantize", "nf4_gemm")
+    assert sum(n for (op, _), n in fastlora.launches().items() if op in reading) == 3
     for leaf, want in zip(leaves, expected, strict=True):
         assert torch.equal(leaf.grad, want)
 

@@ -35,14 +35,22 @@ def test_it_is_read_on_import():
 
 
 @pytest.mark.parametrize(
-    ("step", "op"),
-    [("one_launch", "lora"), *(("nf4_codes", op) for op in ("nf4_few", "nf4_gemm", "nf4_dx"))],
+    ("step", "op", "backend"),
+    [
+        ("one_launch", "lora", "cuda"),
+        ("nf4_codes", "nf4_few", "cuda"),
+        *(
+            ("nf4_codes", op, backend)
+            for op in ("nf4_gemm", "nf4_dx")
+            for backend in ("cuda", "triton")
+        ),
+    ],
 )
-def test_what_is_switched_off_is_no_kernel(monkeypatch, step, op):
+def test_what_is_switched_off_is_no_kernel(monkeypatch, step, op, backend):
     monkeypatch.setattr(switches, "_OFF", frozenset({step}))
     support.miss.cache_clear()
     try:
-        reason = support.miss(op, "cuda", torch.device("cuda", 0), torch.bfloat16, 16)
+        reason = support.miss(op, backend, torch.device("cuda", 0), torch.bfloat16, 16)
         assert reason == f"{step} is switched off by FASTLORA_OFF"
     finally:
         support.miss.cache_clear()

@@ -17,7 +17,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.triton import down, gemm, launch, wgrad
+from fastlora.ops import Form
+from fastlora.triton import down, gemm, launch, nf4_linear, wgrad
 
 NAMES = {
     torch.bfloat16: "bf16",
@@ -25,6 +26,7 @@ NAMES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 CAPABILITY = int(sys.argv[2])
 
@@ -62,7 +64,7 @@ def compile_instead(
     )
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
-    rank = arguments[names.index("R")]
+    rank = arguments[names.index("R")] if "R" in names else 0
     print(kernel.__name__, rank, built.metadata.shared, spilled(built.asm["ptx"]))
 
 
@@ -90,6 +92,9 @@ def main() -> None:
     empty = torch.empty
     state, words = empty(2, dtype=torch.int64), empty(m, k // 32, dtype=torch.int32)
     x, w = empty(m, k, dtype=dtype), empty(n, k, dtype=dtype)
+    codes, fp32 = empty(n * k // 2, dtype=torch.uint8), torch.float32
+    counts = n * k // 64, n * k // 2**14, 256, 1
+    scales = [empty(c, dtype=fp32 if i else torch.uint8) for i, c in enumerate(counts)]
     for r, factors in ((16, dtype), (64, dtype), (64, torch.float32), (256, torch.float32)):
         a, b = empty(r, k, dtype=factors), empty(n, r, dtype=factors)
         h = empty(m, r, dtype=dtype)
@@ -100,6 +105,11 @@ def main() -> None:
         elif op == "gemm":
             gemm(x, w, h, b, None, None)
             gemm(x, w.t(), h, a.t(), None, words)
+        elif op == "nf4":
+            for nested, rows in ((0, 16), (256, 64)):
+                weight = codes, scales if nested else scales[1:2], Form(n, k, 64, nested, False)
+                nf4_linear.forward(x[:rows], *weight, h[:rows], b, None)
+                nf4_linear.dx(x[:rows], *weight, h[:rows], a)
         else:
             wgrad(x, h, x, h, words, factors, factors, None)
             wgrad(x, h, x, h, None, factors, factors, factors)

@@ -14,15 +14,21 @@ SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("op", ["down", "gemm", "wgrad"])
-def test_compiles(op: str, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("op", "capability", "dtype"),
+    [
+        *((op, cap, "bfloat16") for op in ("down", "gemm", "nf4", "wgrad") for cap in SHARED),
+        ("nf4", 80, "float16"),
+        ("nf4", 90, "float16"),
+    ],
+)
+def test_compiles(op: str, capability: int, dtype: str) -> None:
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
     result = subprocess.run(
-        [sys.executable, script, op, str(capability), "bfloat16"],
+        [sys.executable, script, op, str(capability), dtype],
         env=environment,
         capture_output=True,
         text=True,
