@@ -35,7 +35,7 @@ def made(shape=(96, 256), dtype=BF16, device="cpu", **options):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("shape", [(96, 256), (33, 72), (64, 4096)])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_it_is_bitsandbytes_bit_for_bit(shape, dtype, block_size, double_quant, device):
