@@ -208,10 +208,10 @@ def _check(
             raise ValueError(f"{name}: got {value.dtype}; accepted are {names}: cast it with .to()")
         if value.device != x.device:
             raise ValueError(
-                f"{name}: is on {value.device}, x on {x.device}; move it with .to({str(x.device)!r})"
+                f"{name}: is on {value.device}, x on {x.device}; {_to(value.device, x.device)}"
             )
     if device != x.device:
-        raise ValueError(f"weight: is on {device}, x on {x.device}; move one of them with .to()")
+        raise ValueError(f"weight: is on {device}, x on {x.device}; {_to(device, x.device)}")
     if isinstance(rank, int) and rank > MAX_RANK:
         raise ValueError(f"lora_a: got rank {rank}; accepted are 0 to {MAX_RANK}")
     if isinstance(scaling, Tensor):
@@ -229,6 +229,16 @@ def _check(
         raise TypeError(
             f"scaling: got {type(scaling).__name__}; accepted is a float or a 0-d tensor"
         )
+
+
+def _to(device: torch.device, wanted: torch.device) -> str:
+    """What brings a tensor on ``device`` to x."""
+    if device.type != "meta":
+        return f"move it with .to({str(wanted)!r})"
+    return (
+        "it has no data: load it first. Where accelerate offloads (cpu_offload, disk_offload, dispatch_model), give it "
+        "preload_module_classes=['LoRALinear', 'QLoRALinear', 'LoRAWrapper'], whose parameters are their submodules'"
+    )
 
 
 # The same function as a torch op: called as such, an exported program keeps it as one node. Composite: it has no

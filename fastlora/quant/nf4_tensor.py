@@ -121,7 +121,8 @@ class NF4Tensor(nn.Module):
 
         Blocks whose absmax is below 1e-37, zeros above all, are the exception: they get code 7 (0.0) here, code 0 (-0.0)
         there. A NaN becomes -absmax, an infinity makes its block NaN (with ``double_quant`` the weight), there and here; here both
-        warn.
+        warn. On a CPU bitsandbytes lets a NaN make its block NaN, and quantises scales by a table: codes of theirs may be
+        neighbours.
 
         Args:
             weight: float32, bfloat16 or float16; any strides.

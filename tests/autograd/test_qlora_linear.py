@@ -5,9 +5,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import NF4Tensor, reference, switches
+from fastlora import NF4Tensor, reference, rng, switches
 from fastlora.ops import support
 from fastlora.testing.compare import assert_accurate
+from tests.faults import common
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [(1, 64, 32, 4), (33, 128, 96, 16), (7, 72, 40, 5), (0, 64, 32, 4), (130, 256, 136, 64)]
@@ -173,6 +174,94 @@ def test_explain_knows_that_triton_reads_the_codes(device):
         assert "W, for dX " in text and "y and again" not in text
         many = fastlora.explain(layer, torch.randn(65, 128, device=device))
         assert "nf4_gemm" not in many and "y and again for dX" in many
+
+
+@pytest.fixture
+def exact_mode(monkeypatch):
+    """FASTLORA_OFF=nf4_codes."""
+    monkeypatch.setattr(switches, "_OFF", frozenset({"nf4_codes"}))
+    support.miss.cache_clear()
+    yield
+    support.miss.cache_clear()
+
+
+@pytest.mark.parametrize("factors", ["same", FP32])
+@pytest.mark.parametrize("m", [1, 64, 300])
+def test_exact_mode_is_lora_linear(m, factors, device, exact_mode):
+    """No weight is multiplied as codes: every bit is that of lora_linear over the weight in floats."""
+    for dtype in dtypes(device):
+        kind = dtype if factors == "same" else factors
+        x, q, a, b, bias, dy = problem(m, 256, 128, 16, dtype, kind, device)
+        leaves, w = (x, a, b, bias), q.dequantize(dtype)
+        fastlora.reset_launches()
+        got = gradients(lambda x, a, b, bias, q=q: fastlora.qlora_linear(x, q, a, b, 0.5, bias), leaves, dy)  # fmt: skip
+        ran = {op for op, _ in fastlora.launches()}
+        assert "dequantize" in ran and not ran & {"nf4_few", "nf4_gemm"}, ran
+        same = gradients(lambda x, a, b, bias, w=w: fastlora.lora_linear(x, w, a, b, 0.5, bias), leaves, dy)  # fmt: skip
+        for name, value, other in zip(("y", "dX", "dA", "dB", "dbias"), got, same, strict=True):
+            assert torch.equal(value, other), (name, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 64, 300])
+def test_without_exact_mode_codes_are_multiplied(m):
+    """So that the test above is about something."""
+    op = "nf4_few" if m <= 64 else "nf4_gemm"
+    if reason := support.miss(op, "cuda", torch.device("cuda", 0), BF16, 16):
+        pytest.skip(reason)
+    x, q, a, b, bias, _ = problem(m, 256, 128, 16, BF16, device="cuda")
+    fastlora.qlora_linear(x, q, a, b, 0.5, bias)
+    assert {("nf4_few", "cuda"), ("nf4_gemm", "cuda")} & fastlora.launches().keys()
+
+
+ROWS = [40, 300, pytest.param(2048, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("k", [256, 200])  # a row of whole blocks, and not
+@pytest.mark.parametrize("m", ROWS)
+def test_dropout_of_a_known_mask(m, k, double_quant, device):
+    """Forward and backward drop what the state says, on the low-rank path alone."""
+    p = 0.3
+    for dtype in dtypes(device):
+        x, q, a, b, bias, dy = problem(m, k, 128, 16, dtype, FP32, device, double_quant)
+        torch.manual_seed(7)
+        state, keep = rng.draw_state(device), rng.keep_threshold(p)
+        mask = reference.unpack_mask(reference.mask(state.cpu(), m, k, keep), m, k).to(device)
+        assert 0.65 < mask.float().mean() < 0.75
+        torch.manual_seed(7)
+        fastlora.reset_launches()
+        got = gradients(
+            lambda x, a, b, bias, q=q: fastlora.qlora_linear(x, q, a, b, 0.5, bias, dropout_p=p),
+            (x, a, b, bias),
+            dy,
+        )
+        assert device.type == "cpu" or {by for _, by in fastlora.launches()} <= {"cuda", "triton"}
+        weight = common.weight64(q).to(device)
+        exact = common.truth(x, weight, a, b, dy, 0.5, bias, mask=mask, keep=keep)
+        common.assert_close(got, exact, 2 * common.ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("m", ROWS)
+def test_fifty_runs_without_one_differing_bit(m, dropout_p, device):
+    dtype, k, n = (BF16, 1024, 512) if device.type == "cuda" else (FP32, 128, 64)
+    x, q, a, b, bias, dy = problem(m, k, n, 16, dtype, FP32, device)
+    leaves = (x, a, b, bias)
+
+    def run(x, a, b, bias):
+        return fastlora.qlora_linear(x, q, a, b, 0.5, bias, dropout_p=dropout_p)
+
+    torch.manual_seed(3)
+    expected = [t.clone() for t in gradients(run, leaves, dy)]
+    assert all(t.abs().max() > 0 for t in expected)
+    for i in range(50):
+        torch.manual_seed(3)
+        got = gradients(run, leaves, dy)
+        assert all(map(torch.equal, got, expected)), i
+        for t in got:
+            t.fill_(torch.nan)  # what lies there next must be written, not found
+    assert device.type == "cpu" or {by for _, by in fastlora.launches()} <= {"cuda", "triton"}
 
 
 def test_the_float_weight_is_not_saved(device):

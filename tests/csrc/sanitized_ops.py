@@ -4,10 +4,20 @@ import torch
 
 from fastlora import _library
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEEP = 62256
 # (m, n, k, r): ragged everywhere, and a few tiles each way
 SHAPES = [(1, 136, 72, 8), (300, 520, 264, 16), (77, 1000, 136, 80), (513, 264, 520, 24)]
+# (m, n, k)
+NF4_SHAPES = [
+    (1, 32, 64),
+    (13, 100, 192),
+    (40, 33, 1280),
+    (64, 300, 256),
+    (64, 5, 71),
+    (130, 136, 512),
+    (300, 130, 768),
+]
 
 
 def run(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
@@ -48,25 +58,35 @@ def run_nf4(m: int, n: int, k: int, dtype: torch.dtype) -> None:
         out = torch.empty(count, dtype=dtype, device="cuda")
         ops._nf4_dequantize(codes, absmax, None, None, None, 64, 1, False, begin, out)
         ops._nf4_dequantize(codes, scales, nested, code, offset, 64, 256, True, begin, out)
-    if k % 64 == 0 and dtype == BF16:
-        x, bias = torch.randn(m, k, device="cuda").to(BF16), torch.randn(n, device="cuda").to(BF16)
-        for r, factors in ((16, BF16), (5, FP32)):
+    if k % 64 or dtype == FP32:
+        return
+    few, gemm = m <= 64, k % 256 == 0
+    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    for fp4 in (False, True):
+        plain = codes, absmax, None, None, None, n, 64, 1, fp4
+        double = codes, scales, nested, code, offset, n, 64, 256, fp4
+        for r, factors in ((16, dtype), (5, FP32)):
             a, b = (torch.randn(s, device="cuda").to(factors) for s in ((r, k), (n, r)))
-            plain = codes, absmax, None, None, None, n, 64, 1, False
-            ops._nf4_linear_sm80(x, *plain, a, b, None, bias, None, 0.5)
-            for rows in (16, 64, 256) if k % 256 == 0 else ():
+            g, room = (torch.randn(m, c, device="cuda").to(dtype) for c in (r, -(-n // 8) * 8))
+            dy, back = room[:, :n], (codes, absmax, None, None, None, k, 64, 1, fp4)
+            if few:
+                ops._nf4_linear_sm80(x, *plain, a, b, None, bias, None, 0.5)
+            for rows in (16, 64, 256) if gemm else ():
                 ops._nf4_linear_sm90(x, *plain, a, b, None, bias, None, 0.5, [rows, k // 256])
-            g, room = (torch.randn(m, c, device="cuda").to(BF16) for c in (r, -(-n // 8) * 8))
-            dy, back = room[:, :n], (codes, absmax, None, None, None, k, 64, 1, False)
             for rows in (16, 64, 256):
                 ops._nf4_dx_sm90(dy, *back, a, g, [rows, min(2, -(-n // 64))])
-            back = codes, scales, nested, code, offset, k, 64, 256, True
-            ops._nf4_dx_sm90(dy, *back, None, None, None)
-        double = codes, scales, nested, code, offset, n, 64, 256, True
-        ops._nf4_linear_sm80(x, *double, None, None, None, None, None, 1.0)
-        if k % 256 == 0:
-            b, h = (torch.randn(s, 40, device="cuda").to(BF16) for s in (n, m))
-            ops._nf4_linear_sm90(x, *double, None, b, h, None, None, 1.0, None)
+        back = codes, scales, nested, code, offset, k, 64, 256, fp4
+        ops._nf4_dx_sm90(dy, *back, None, None, None)
+        if few:
+            ops._nf4_linear_sm80(x, *double, None, None, None, None, None, 1.0)
+        if gemm:
+            ops._nf4_linear_sm90(x, *double, None, None, None, None, None, 1.0, None)
+        for r in (0, 5, 40):  # an h that is given
+            b, h = (torch.randn(s, r, device="cuda").to(dtype) for s in (n, m))
+            if few:
+                ops._nf4_linear_sm80(x, *double, None, b, h, bias, None, 1.0)
+            if gemm:
+                ops._nf4_linear_sm90(x, *double, None, b, h, bias, None, 1.0, None)
 
 
 if __name__ == "__main__":
@@ -74,8 +94,8 @@ if __name__ == "__main__":
     for shape in SHAPES:
         for dtype in (BF16, FP32):
             run(*shape, dtype)
-    for shape in ((1, 32, 64), (13, 100, 192), (40, 33, 1280), (64, 300, 256), (64, 5, 71)):
-        for dtype in (BF16, FP32):
+    for shape in NF4_SHAPES:
+        for dtype in (BF16, FP16, FP32):
             run_nf4(*shape, dtype)
     torch.cuda.synchronize()
     print("ran all")

@@ -193,17 +193,28 @@ def test_the_ops_have_fake_kernels(device):
 
 
 @pytest.mark.huge
-def test_more_elements_than_31_bits_count():
-    rows, cols = 2**16 + 1, 2**15
-    device = torch.device("cuda")
-    weight = torch.randn(rows, cols, device=device, dtype=BF16)
-    codes, absmax = ops.quantize(weight, 64)
-    assert fastlora.launches() == {("quantize", "cuda"): 1}
-    tail = weight[-2:].contiguous()
-    last_codes, last_absmax = ops.quantize(tail, 64)
-    assert torch.equal(codes[-cols:], last_codes)
-    assert torch.equal(absmax[-cols // 32 :], last_absmax)
-    whole = ops.dequantize(codes, (absmax,), Form(rows, cols, 64, 0, False), BF16)
-    part = ops.dequantize(last_codes, (last_absmax,), Form(2, cols, 64, 0, False), BF16)
-    assert torch.equal(whole[-2:], part)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("rows", [2**16, 2**16 + 1])
+def test_more_elements_than_31_bits_count(rows, double_quant, backend):
+    """Exactly 2^31 elements, and more: the last rows, and those around 2^30, are those of a weight of two rows."""
+    cols = 2**15
+    blocks, nested = cols // 64, 256
+    weight = torch.randn(rows, cols, device="cuda", dtype=BF16)
+    with fastlora.backend(backend, strict=True):
+        codes, absmax = ops.quantize(weight, 64)
+        scales = quantize_scales(absmax, nested) if double_quant else (absmax,)
+        form = Form(rows, cols, 64, nested if double_quant else 0, False)
+        whole = ops.dequantize(codes, scales, form, BF16)
+        assert fastlora.launches() == {("quantize", backend): 1, ("dequantize", backend): 1}
+        for begin in (0, rows // 2 - 1, rows - 2):
+            part = slice(begin, begin + 2)
+            part_codes, part_absmax = ops.quantize(weight[part].contiguous(), 64)
+            assert torch.equal(codes.view(rows, -1)[part].flatten(), part_codes)
+            assert torch.equal(absmax.view(rows, -1)[part].flatten(), part_absmax)
+            their = scales[0].view(rows, blocks)[part].flatten(), *scales[1:]
+            if double_quant:
+                their = their[0], scales[1].view(rows, -1)[part].flatten(), *scales[2:]
+            exact = truth(part_codes, their, form._replace(rows=2), BF16)
+            assert torch.equal(whole[part].cpu(), exact)
     assert ((whole - weight).abs().amax() < 1.0).item()

@@ -133,6 +133,51 @@ def test_strides_and_offsets_of_x(kind):
         run(kind, room[3:20, 1:257], q)
 
 
+@pytest.mark.huge
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "m"),
+    [
+        pytest.param("few", 40, marks=has("nf4_few")),
+        *(pytest.param("gemm", m, marks=has("nf4_gemm")) for m in (40, 300)),
+    ],
+)
+def test_a_weight_of_more_than_two_to_the_31_elements(kind, m, nested):
+    """Its first rows, those on both sides of 2^31 elements and the last, against a weight of those rows alone, exactly."""
+    n, k = 2**16 + 72, 2**15
+    blocks = k // 64
+    high, low = torch.randint(0, 3, (2, n, k // 2), dtype=torch.uint8, device="cuda")
+    codes = (high * 7 + (high == 2)) * 16 + low * 7 + (low == 2)  # 0, 7 or 15: -1, 0 or 1
+    codes = codes.to(torch.uint8)
+    if nested:
+        code = torch.full((256,), torch.nan, device="cuda")
+        code[:4] = 2.0 ** torch.arange(-1, 3)
+        scales = (
+            torch.randint(0, 4, (n, blocks), dtype=torch.uint8, device="cuda"),
+            2.0 ** torch.randint(0, 2, (n, blocks // 256), device="cuda"),
+            code,
+            torch.zeros(1, device="cuda"),
+        )
+    else:
+        scales = (2.0 ** torch.randint(-1, 3, (n, blocks), device="cuda"),)
+    q = NF4Tensor(codes, scales, (n, k), BF16, 64, 256 if nested else 0)
+    x, bias = integers(m, k, limit=1), integers(n)
+    a, b = integers(16, k, limit=1), integers(n, 16, limit=2)
+    y, h = run(kind, x, q, a, b, bias, 0.5)
+    wide = x.double()
+    h_true = (0.5 * wide @ a.double().t()).to(BF16)
+    assert torch.equal(h, h_true)
+    for begin in (0, 2**15 - 64, 2**16 - 64, n - 72):
+        rows = slice(begin, begin + 72 if begin else 64)
+        absmax = scales[0][rows]
+        if nested:
+            absmax = reference.dequantize_scales(absmax, scales[1][rows].flatten(), *scales[2:], 256)  # fmt: skip
+        shape = len(codes[rows]), k
+        w = reference.dequantize_nf4(codes[rows], absmax, shape, 64, FP32).double()
+        y_true = wide @ w.t() + h_true.double() @ b[rows].double().t() + bias[rows].double()
+        assert torch.equal(y[:, rows], y_true.to(BF16)), begin
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_hundred_runs_without_one_differing_bit(kind):
     q = NF4Tensor.quantize(torch.randn(4104, 1280, device="cuda"))

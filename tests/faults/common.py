@@ -76,6 +76,20 @@ def truth(
     return [y.detach(), *torch.autograd.grad(y, wide, dy)]
 
 
+def weight64(q: fastlora.NF4Tensor) -> Tensor:
+    """The weight [N, K] of an NF4Tensor by the formula, in fp64 on the CPU: no op of fastlora's."""
+    codes, *scales = (t.detach().cpu().view(-1) for t in (q.codes, *q.scales))
+    absmax, *nested = (t.view(torch.float32) if t.dtype == torch.int32 else t for t in scales)
+    if nested:
+        wide, values, offset = (t.double() for t in nested)
+        per_block = wide.repeat_interleave(q.nested_block_size)[: absmax.numel()]
+        absmax = values[absmax.long()] * per_block + offset
+    code = torch.stack((codes >> 4, codes & 15), 1).view(-1)[: q.shape.numel()].long()
+    value = torch.tensor(reference.NF4_CODE, dtype=torch.float64)[code]
+    scale = absmax.double().repeat_interleave(q.block_size)[: q.shape.numel()]
+    return (value * scale).view(q.shape)
+
+
 def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     """Every tensor of ``got`` within ``tolerance`` of its fp64 truth, in the norm; NaN is never close."""
     for name, ours, exact in zip(NAMES, got, expected):

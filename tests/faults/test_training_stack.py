@@ -10,13 +10,13 @@ import fastlora
 from tests.faults.common import operands
 
 
-def losses(device, wrap, steps=4, width=24):
+def losses(device, wrap, steps=4, width=24, kind=fastlora.LoRALinear):
     """A two-layer net that shares nothing but its input; Adam; dropout on."""
     torch.manual_seed(0)
     layers = torch.nn.ModuleList(
-        fastlora.LoRALinear(width, width, r=width // 4, lora_dropout=0.2, init_lora_weights=False)
+        kind(width, width, r=width // 4, lora_dropout=0.2, init_lora_weights=False, device=device)
         for _ in range(2)
-    ).to(device)
+    )
     optimiser = torch.optim.Adam([p for p in layers.parameters() if p.requires_grad], lr=0.01)
     x = torch.randn(10, width, device=device, requires_grad=True)
     curve = []

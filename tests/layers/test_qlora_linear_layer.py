@@ -9,6 +9,7 @@ from torch import nn
 
 import fastlora
 from fastlora import NF4Tensor, QLoRALinear
+from tests.faults.common import weight64
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -113,6 +114,17 @@ def test_dropout_trains_and_rests():
     assert torch.equal(made(x), made(x))
 
 
+@pytest.mark.parametrize(("r", "alpha"), [(16, 8), (4, 32), (5, 3)])
+def test_rslora_divides_by_the_root_of_the_rank(r, alpha):
+    made, x = layer(r=r, lora_alpha=alpha, use_rslora=True), torch.randn(5, 128)
+    assert made.scaling == {"default": alpha / r**0.5}
+    update = (x.double() @ made.lora_A["default"].double().t()) @ made.lora_B["default"].double().t()  # fmt: skip
+    base = x.double() @ weight64(made.weight).t() + made.bias.double()
+    torch.testing.assert_close(made(x).double(), base + alpha / r**0.5 * update, atol=1e-4, rtol=1e-5)  # fmt: skip
+    plain = layer(r=r, lora_alpha=alpha)
+    assert plain.scaling == {"default": alpha / r} and not torch.equal(plain(x), made(x))
+
+
 def test_what_would_change_the_base_is_refused():
     for init in ("pissa", "olora"):
         with pytest.raises(ValueError, match="init_lora_weights"):
@@ -137,61 +149,120 @@ def test_explain_says_that_it_dequantises():
 
 # ---- sharded ----------------------------------------------------------------------------------------------------
 
+# in and out features of the first layer, its settings, and how its codes are sharded
+SHARDED = {
+    "rows": (128, 96, {}, [(48, 64), (48, 64)]),
+    "uneven rows": (128, 97, {}, [(49, 64), (48, 64)]),
+    "fewer rows than ranks": (128, 1, {}, [(1, 64), (0, 64)]),
+    "blocks that straddle rows": (72, 97, {}, [(1746,), (1746,)]),
+    "plain absmax": (128, 96, {"double_quant": False}, [(48, 64), (48, 64)]),
+    "offloaded": (128, 96, {}, [(48, 64), (48, 64)]),
+}
 
-def _shard_and_train(rank, world, port, queue):
+
+def _sharded(model, mesh, offload=False):
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, **options)
+    return model
+
+
+def _net(k, n, **settings):
+    model = nn.Sequential(
+        QLoRALinear.from_linear(nn.Linear(k, n), r=8, **settings),
+        nn.ReLU(),
+        QLoRALinear.from_linear(nn.Linear(n, 64), r=4),
+    )
+    for i in (0, 2):
+        nn.init.normal_(model[i].lora_B["default"])
+    return model
+
+
+def _whole_bits(model):
+    return {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
+
+
+def _same(got, expected, names):
+    for name in names:
+        assert got[name].dtype == expected[name].dtype, name
+        assert torch.equal(got[name], expected[name]), name
+
+
+def _shard_and_train(rank, mesh, folder, name):
+    import torch.distributed.checkpoint as dcp
+
+    k, n, settings, shapes = SHARDED[name]
+    torch.manual_seed(0)
+    model = _net(k, n, **settings)
+    whole = copy.deepcopy(model)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    base = [name for name in before if "lora_" not in name]
+    assert len(base) == 2 + sum(
+        5 if m.weight.nested_block_size else 2 for m in (model[0], model[2])
+    )
+    _sharded(model, mesh, name == "offloaded")
+    codes = model[0].weight.codes.to_local()
+    assert codes.shape == shapes[rank] and codes.dtype == torch.uint8  # every rank has its share
+    if len(shapes[0]) == 2:
+        assert model[0].weight.absmax.to_local().shape == (shapes[rank][0], k // 64)
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 4 and all("lora_" in name for name in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.125)
+    x = torch.randn(6, k)
+    y = model(x)
+    assert y.dtype == BF16
+    exact = whole.to(BF16)(x.to(BF16))  # the adapters as the policy casts them
+    assert torch.equal(y, exact)
+    y.float().sum().backward()
+    exact.float().sum().backward()
+    _same(_whole_bits(model), before, before)
+    optimizer.step()
+    after = _whole_bits(model)
+    _same(after, before, base)
+    for name, parameter in whole.named_parameters():
+        if parameter.grad is not None:
+            stepped = before[name] - 0.125 * parameter.grad.float()
+            torch.testing.assert_close(after[name], stepped, msg=name)
+            assert not torch.equal(after[name], before[name])
+    trained_y = model(x)
+    assert not torch.equal(trained_y, y)
+
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+    other = _sharded(_net(k, n, **settings), mesh, name == "offloaded")
+    assert not torch.equal(other(x), trained_y)
+    state = {"model": other.state_dict()}
+    dcp.load(state, checkpoint_id=folder)
+    other.load_state_dict(state["model"])
+    _same(_whole_bits(other), after, after)
+    assert torch.equal(other(x), trained_y)
+
+
+def _every_case(rank, world, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     try:
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        torch.manual_seed(0)
-        model = nn.Sequential(layer(), nn.ReLU(), QLoRALinear.from_linear(nn.Linear(96, 64), r=4))
-        nn.init.normal_(model[2].lora_B["default"])
-        whole = copy.deepcopy(model)
-        before = {n: t.clone() for n, t in model.state_dict().items()}
-        policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)
         mesh = init_device_mesh("cpu", (world,))
-        for part in (model[0], model[2], model):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-        # Rows of the weight are rows of its parameters: every rank holds its share of them.
-        assert model[0].weight.codes.to_local().shape == (96 // world, 64)
-        assert model[0].weight.absmax.to_local().shape == (96 // world, 2)
-        x = torch.randn(6, 128)
-        y = model(x)
-        assert y.dtype == BF16
-        exact = whole.to(BF16)(x.to(BF16))  # the adapters as the policy casts them
-        assert torch.equal(y, exact)
-        y.float().sum().backward()
-        grad = model[0].lora_A["default"].grad.full_tensor()
-        exact.float().sum().backward()
-        torch.testing.assert_close(grad, whole[0].lora_A["default"].grad.float())
-        for name, value in model.state_dict().items():
-            value = value.full_tensor()
-            assert value.dtype == before[name].dtype, name
-            assert torch.equal(value, before[name]), name
-        queue.put(None)
-    except BaseException as error:
-        queue.put(f"rank {rank}: {type(error).__name__}: {error}")
-        raise
+        for name in SHARDED:
+            try:
+                _shard_and_train(rank, mesh, f"{folder}/{name}", name)
+            except Exception as error:
+                raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="fully_shard of this torch takes no integer parameters",
 )
-def test_fsdp2_shards_rows_and_leaves_every_bit():
+def test_fsdp2_shards_trains_and_saves_and_leaves_every_bit(tmp_path):
     """Under a bf16 mixed-precision policy, which would ruin bits kept in a float type."""
-    import socket
-
     import torch.multiprocessing as mp
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    mp.spawn(_shard_and_train, (2, port, queue), nprocs=2, join=True)
-    assert [queue.get(), queue.get()] == [None, None]
+    mp.spawn(_every_case, (2, tmp_path), nprocs=2)  # raises what a process raises

@@ -12,6 +12,7 @@ from fastlora import NF4Tensor, reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEYS = {"codes", "absmax", "nested_absmax", "nested_code", "offset"}
+COMPARED = "0.50.2"  # of bitsandbytes; NF4Tensor's promises are about what this version makes
 
 
 def bits(tensor):
@@ -34,9 +35,26 @@ def made(shape=(96, 256), dtype=BF16, device="cpu", **options):
 # ---- the numbers --------------------------------------------------------------------------------------------
 
 
+def test_bitsandbytes_is_the_one_compared_with():
+    bnb = pytest.importorskip("bitsandbytes")
+    assert bnb.__version__ == COMPARED, (
+        "look whether it still makes the same bits, then say so here"
+    )
+
+
+def by_formula(tensor):
+    """The weight of an NF4Tensor in fp32, rounded to its dtype; no op of fastlora's."""
+    codes, *scales = (t.detach().cpu().view(-1) for t in (tensor.codes, *tensor.scales))
+    absmax, *nested = (t.view(FP32) if t.dtype == torch.int32 else t for t in scales)
+    if nested:
+        absmax = reference.dequantize_scales(absmax, *nested, tensor.nested_block_size)
+    form = tensor.shape, tensor.block_size, tensor.dtype, tensor.quant_type == "fp4"
+    return reference.dequantize_nf4(codes, absmax, *form).to(tensor.device)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
-@pytest.mark.parametrize("shape", [(96, 256), (33, 72), (64, 4096)])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("shape", [(96, 256), (33, 72), (64, 4096), (3, 71)])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_it_is_bitsandbytes_bit_for_bit(shape, dtype, block_size, double_quant, device):
     """On the GPU everything; on the CPU the codes, where it looks 8-bit codes up in a table, those but for neighbours."""
@@ -56,32 +74,125 @@ def test_it_is_bitsandbytes_bit_for_bit(shape, dtype, block_size, double_quant, 
             code = ours.nested_code.view(FP32)
             assert (code[value.long()] - code[their.long()]).abs().max() < 0.015  # a gap at most
             assert (value != their).float().mean() < 0.2
-    expected = bnb.functional.dequantize_4bit(param.data, param.quant_state)
     assert theirs.dtype == dtype
+    expected = by_formula(theirs)
     assert torch.equal(theirs.dequantize(), expected)
+    if reads_rightly(shape, block_size, device):
+        made = bnb.functional.dequantize_4bit(param.data, param.quant_state)
+        assert torch.equal(made, expected)
+
+
+def reads_rightly(shape, block_size, device):
+    """bitsandbytes' CPU kernels read a weight whose rows are not of whole blocks wrongly."""
+    return device.type == "cuda" or shape[1] % block_size == 0
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, BF16, FP32])
-def test_bitsandbytes_memory_is_shared_both_ways(quant_type, double_quant, storage, device):
+@pytest.mark.parametrize("shape", [(64, 128), (33, 72), (7, 64)])
+def test_bitsandbytes_memory_is_shared_both_ways(shape, quant_type, double_quant, storage, device):
     bnb = pytest.importorskip("bitsandbytes")
-    weight = torch.randn(64, 128, device=device).to(BF16)
+    weight = torch.randn(shape, device=device).to(BF16)
     param = bnb.nn.Params4bit(
         weight, quant_type=quant_type, compress_statistics=double_quant, quant_storage=storage
     )._quantize(device)
     tensor = NF4Tensor.from_bitsandbytes(param)
     assert tensor.quant_type == quant_type
-    assert tensor.codes.data_ptr() == param.data_ptr()
-    assert tensor.absmax.data_ptr() == param.quant_state.absmax.data_ptr()
-    expected = bnb.functional.dequantize_4bit(param.data, param.quant_state)
+    assert at(tensor) == places(param)
+    expected = by_formula(tensor)
     assert torch.equal(tensor.dequantize(), expected)
     back = tensor.to_bitsandbytes()
-    assert back.data_ptr() == param.data_ptr() and back.bnb_quantized
-    assert torch.equal(bnb.functional.dequantize_4bit(back.data, back.quant_state), expected)
+    assert places(back) == places(param) and back.bnb_quantized
     packed = back.quant_state.as_dict(packed=True)
     again = bnb.functional.QuantState.from_dict(packed, device)
-    assert torch.equal(bnb.functional.dequantize_4bit(back.data, again), expected)
+    if reads_rightly(shape, 64, device):
+        for codes, state in ((param, param.quant_state), (back, back.quant_state), (back, again)):
+            assert torch.equal(bnb.functional.dequantize_4bit(codes.data, state), expected)
+
+
+def places(param):
+    """Where a Params4bit keeps its bits."""
+    state = param.quant_state
+    nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+    return [t.data_ptr() for t in (param, state.absmax, *nested)]
+
+
+def at(tensor):
+    return [t.data_ptr() for t in (tensor.codes, *tensor.scales)]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "block_size"), [((64, 128), 64), ((33, 72), 64), ((3, 71), 32), ((1, 1), 64), ((16, 4096), 2048)]
+)  # fmt: skip
+def test_ours_is_read_by_bitsandbytes_where_it_lies(shape, block_size, double_quant, device):
+    bnb = pytest.importorskip("bitsandbytes")
+    tensor = made(shape, FP16, device, block_size=block_size, double_quant=double_quant)
+    param = tensor.to_bitsandbytes()
+    state = param.quant_state
+    assert places(param) == at(tensor)
+    assert (state.quant_type, state.blocksize, state.dtype) == ("nf4", block_size, FP16)
+    assert tuple(state.shape) == shape and state.nested == double_quant
+    assert not double_quant or (state.state2.blocksize, state.state2.dtype) == (256, FP32)
+    expected = by_formula(tensor)
+    if reads_rightly(shape, block_size, device):
+        assert torch.equal(bnb.functional.dequantize_4bit(param.data, state), expected)
+    back = NF4Tensor.from_bitsandbytes(param)
+    assert at(back) == at(tensor)
+    same_bits(back, bits(tensor))
+    assert (back.form, back.dtype) == (tensor.form, FP16)
+    assert torch.equal(back.dequantize(), expected)
+    with torch.no_grad():  # one memory: what is written there is seen here
+        param.data[0] ^= 0xFF
+    assert torch.equal(back.codes, tensor.codes)
+    assert not torch.equal(back.dequantize(), expected)
+
+
+def hostile(device):
+    """Rows of a block each: (weight, which rows hold a NaN, which an infinity, which are tiny throughout)."""
+    weight = torch.randn(12, 64, device=device)
+    nan, inf, tiny = [1, 2, 6], [3, 4, 5], [7, 8]
+    weight[1, 5] = torch.nan
+    weight[2] = torch.nan
+    weight[3, 9] = -torch.inf
+    weight[4, 0], weight[4, 1] = torch.inf, -torch.inf
+    weight[5, 63] = torch.inf
+    weight[6, 3], weight[6, 4] = torch.inf, torch.nan
+    weight[7] = 0
+    weight[8] *= 1e-40
+    weight[9, ::2] *= 1e-40  # denormals in an ordinary block
+    weight[10] *= 1e-36
+    weight[11] *= 1e37
+    return weight, nan, inf, tiny
+
+
+@pytest.mark.filterwarnings("ignore:weight. holds NaN")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_hostile_blocks_are_bitsandbytes(dtype, device):
+    """On the GPU bit for bit but for tiny blocks; on the CPU, where a NaN makes their block NaN, the others."""
+    bnb = pytest.importorskip("bitsandbytes")
+    weight, nan, inf, tiny = hostile(device)
+    weight = weight.to(dtype)
+    param = bnb.nn.Params4bit(weight.clone(), quant_type="nf4", compress_statistics=False)
+    theirs = NF4Tensor.from_bitsandbytes(param._quantize(device))
+    ours = NF4Tensor.quantize(weight, 64, False)
+    back = ours.dequantize(FP32).cpu()
+    assert torch.equal(ours.absmax[tiny], theirs.absmax[tiny])
+    assert (back[7] == 0).all() and (back[8].abs() <= 1e-38).all()
+    exempt = set(tiny)
+    if device.type == "cpu":
+        exempt |= {*nan, *inf}
+        assert theirs.absmax.view(FP32)[nan].isnan().all()
+        assert torch.equal(theirs.absmax[inf], ours.absmax[inf])
+    for row in set(range(12)) - exempt:
+        for name in ("codes", "absmax"):
+            assert torch.equal(getattr(ours, name)[row], getattr(theirs, name)[row]), (row, name)
+    absmax = ours.absmax.view(FP32).cpu()
+    assert absmax[2] == 0 and absmax[[3, 4, 5, 6]].isinf().all()  # NaN takes no part
+    assert back[1].isfinite().all() and back[1, 5] == -absmax[1, 0]
+    assert not back[[3, 4, 5, 6]].isfinite().any()
+    assert back[[9, 10, 11]].isfinite().all()
 
 
 def test_the_default_device_does_not_matter():
