@@ -113,15 +113,17 @@ def packed_linear(
     bias: Tensor | None,
     dropout_p: float,
     training: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``qlora_linear`` over a weight that may be without its module."""
+    """``qlora_linear`` over a weight that may be without its module, in a compute dtype that may be told: x is saved as it
+    came whatever it is, and y has it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}; accepted is a torch.Tensor")
     if x.dtype not in _QUANTIZED_DTYPES:
         raise ValueError(
             f"x: got {x.dtype}; accepted beside a 4-bit weight are {', '.join(map(str, _QUANTIZED_DTYPES))}"
         )
-    dtype = autocast_dtype(x.device) or x.dtype
+    dtype = dtype or autocast_dtype(x.device) or x.dtype
     _check(x, qweight.shape, qweight.device, lora_a, lora_b, scaling, bias, dtype)
     keep, rng_state = _dropout(dropout_p, training, x)
     y: Tensor = LoraLinearFunction.apply(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..methods import LoraConfig
-from ..methods.matching import quantizable
+from ..methods.matching import describe_experts, expert_parameters, quantizable
 from ..quant import NF4Tensor
 from ..quant.checkpoint import open_checkpoint, write_weight
+from ..quant.conversion import Conversion, describe
 from .checkpoint import replacing_directory
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
@@ -34,7 +36,8 @@ def quantize_checkpoint(
 ) -> list[str]:
     """Write the transformers causal language model in ``source`` to ``target`` with its linears in NF4.
 
-    Every nn.Linear but the output layer is quantised, one at a time; the rest is copied as it is, tokenizer and all. What
+    Every nn.Linear but the output layer is quantised, one at a time; the rest is copied as it is, tokenizer and all. Experts
+    that the model keeps in one tensor are no linears, and stay in floats: a warning says how much that is. What
     comes out is a pre-quantised checkpoint: transformers with bitsandbytes loads it, and ``fastlora.load_quantized``.
 
     Args:
@@ -50,7 +53,8 @@ def quantize_checkpoint(
 
     Raises:
         FileNotFoundError: ``source`` is incomplete.
-        ValueError: it is quantised already, damaged, or has no linear to quantise.
+        ValueError: it is quantised already, damaged, has no linear to quantise, or holds one in a form that could not be
+            read again.
         ImportError: transformers is not installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -63,21 +67,18 @@ def quantize_checkpoint(
         raise ValueError(f"{source}: is quantised already; give the original")
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     with torch.device("meta"):
-        linears = quantizable(LoraConfig(), AutoModelForCausalLM.from_config(config))
+        model = AutoModelForCausalLM.from_config(config)
     with ExitStack() as stack:
         where = open_checkpoint(source, stack, device)
-        names = [name for name in linears if f"{name}.weight" in where]
-        if not names:
-            raise ValueError(f"{source}: has none of the model's linears; are its keys others?")
+        stored = _stored_linears(source, model, where)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing_directory(target) as folder:
             shards = _Shards(folder, shard_bytes)
             for key, read in where.items():
-                name = key.removesuffix(".weight")
-                if key.endswith(".weight") and name in names:
+                if key in stored:
                     weight = NF4Tensor.quantize(read(key), block_size, double_quant)
-                    shards.add(write_weight(name, weight))
-                    progress(name)
+                    shards.add(write_weight(key.removesuffix(".weight"), weight))
+                    progress(stored[key])
                 else:
                     shards.add({key: read(key).cpu()})
             shards.finish()
@@ -87,7 +88,43 @@ def quantize_checkpoint(
                 weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
                 if path.is_file() and not weights and path.name != "config.json":
                     shutil.copyfile(path, folder / path.name)
-    return names
+    return list(stored.values())
+
+
+def _stored_linears(source: Path, model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Key of a weight to quantise -> the name of its module.
+
+    Raises:
+        ValueError: there is none, or one that could not be read again.
+    """
+    conversion, linears = Conversion(model), set(quantizable(LoraConfig(), model))
+    unknown = conversion.unknown(keys)
+    if unknown:
+        raise ValueError(
+            f"{source}: {unknown[:5]} belong to nothing in a {type(model).__name__}, so that load_quantized would refuse what "
+            "is written; is config.json another model's?"
+        )
+    stored = {}
+    for key in keys:
+        target, rule = conversion.target(key)
+        name, _, part = target.rpartition(".")
+        if part != "weight" or name not in linears:
+            continue
+        if rule is not None or not key.endswith(".weight"):
+            how = "renames it" if rule is None else f"computes {target} of it ({describe(rule)})"
+            raise ValueError(
+                f"{key}: transformers {how}, which nothing does with 4 bits; load the model, save it with save_pretrained("
+                "save_original_format=False), and quantise that"
+            )
+        stored[key] = name
+    if not stored:
+        raise ValueError(
+            f"{source}: a {type(model).__name__} has no nn.Linear but its output layer; only those are quantised"
+        )
+    experts = expert_parameters(model)
+    if experts:
+        warnings.warn(f"{source}: {describe_experts(experts)}", stacklevel=3)
+    return stored
 
 
 def _how(config: Any, double_quant: bool) -> dict[str, Any]:

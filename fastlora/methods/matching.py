@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..layers import QLoRALinear
 from .lora import LoraConfig
@@ -149,6 +150,24 @@ def quantizable(config: LoraConfig, model: nn.Module) -> list[str]:
         and name.rpartition(".")[2] != "lm_head"
         and not any(name.endswith(part) or f"{part}." in name for part in saved)
     ]
+
+
+def expert_parameters(model: nn.Module) -> dict[str, int]:
+    """Name -> elements of every parameter that stacks matrices [experts, N, K]: no nn.Linear, it stays in floats."""
+    convolutions = {id(p) for m in model.modules() if isinstance(m, _ConvNd) for p in m.parameters()}  # fmt: skip
+    return {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim == 3 and p.shape[0] > 1 and id(p) not in convolutions and p.is_floating_point()
+    }
+
+
+def describe_experts(experts: dict[str, int]) -> str:
+    """The warning about ``expert_parameters``."""
+    return (
+        f"{len(experts)} parameters of stacked matrices ({next(iter(experts))}, ...) are no linears and stay in floats: "
+        f"{sum(experts.values()):,} elements"
+    )
 
 
 def all_linear(config: LoraConfig, model: nn.Module) -> list[str]:

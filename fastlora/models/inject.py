@@ -20,6 +20,8 @@ from ..layers.wrapper import linear_features
 from ..methods import LoraConfig
 from ..methods.matching import (
     TASK_HEADS,
+    describe_experts,
+    expert_parameters,
     is_excluded,
     is_target,
     is_transformers_model,
@@ -165,6 +167,8 @@ class Injection:
         )
         users = Counter(id(p) for m in self._modules.values() for p in m._parameters.values())
         quantized = quantizable(config, self.model) if config.quantize else []
+        if config.quantize and (experts := expert_parameters(self.model)):
+            warnings.warn(f"quantize: {describe_experts(experts)}", stacklevel=4)
         self._quantized = {name for name in quantized if self._is_quantizable(name, users)}
         for name in names:
             module = self._modules[name]

@@ -52,9 +52,12 @@ class Fast:
             return y
         weight, bias, a, b, scaling, dropout = parts
         p = dropout.p if type(dropout) is nn.Dropout else 0.0
-        product: Any = packed_linear if isinstance(weight, Packed) else lora_linear
-        made: Tensor = product(x, weight, a, b, scaling, bias, p, dropout.training)
-        return made
+        if not isinstance(weight, Packed):
+            return lora_linear(x, weight, a, b, scaling, bias, p, dropout.training)
+        dtype = _compute_dtype(self, x)
+        bias = None if bias is None else bias.to(dtype)
+        y = packed_linear(x, weight, a, b, scaling, bias, p, dropout.training, dtype)
+        return y.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """What moves must not be held where it was until the next forward."""
@@ -176,6 +179,16 @@ def _packed(param: Any) -> Packed:
     return packed
 
 
+def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
+    """What bitsandbytes computes in, under autocast too: the dtype it was told, or that of the first x. It returns x's.
+
+    After peft.prepare_model_for_kbit_training x and biases are fp32 where that is bf16.
+    """
+    base = layer._modules["base_layer"]
+    told: torch.dtype | None = base.compute_dtype if base.compute_type_is_set else None
+    return told or x.dtype
+
+
 def _forget(layer: Any) -> None:
     weight = layer._modules["base_layer"]._parameters.get("weight")
     if weight is not None:
@@ -260,24 +273,19 @@ def _call_obstacle(layer: Any, parts: _Parts, x: Any) -> str | None:
         return "an input that the base itself will refuse or treat in its own way"
     if b.dtype != a.dtype:
         return "adapter dtypes"
-    if quantized:
-        # bitsandbytes computes in the dtype it was told (or that of the first x), and returns x's.
-        base = layer._modules["base_layer"]
-        told = base.compute_dtype if base.compute_type_is_set else dtype
-        if dtype not in _BITS or told not in (None, dtype):
-            return f"bitsandbytes computes in {told} here, and x is {dtype}"
-        if autocast_dtype(x.device) not in (None, dtype):
-            return "autocast to another dtype than x's"
-    if autocast_dtype(x.device) is not None:
-        return None
-    floats = [t for t in (weight, bias) if isinstance(t, Tensor)]
-    if any(t.dtype != dtype for t in floats):
+    compute = _compute_dtype(layer, x) if quantized else dtype
+    if quantized and (dtype not in _BITS or compute not in _BITS):
+        return f"bitsandbytes computes in {compute} here, and x is {dtype}"
+    autocast = autocast_dtype(x.device)
+    if autocast is not None:
+        wider = quantized and torch.promote_types(dtype, autocast) != dtype
+        return "autocast to a dtype that widens x's" if wider else None
+    if isinstance(weight, Tensor) and any(t.dtype != dtype for t in (weight, bias) if t is not None):  # fmt: skip
         return "mixed base dtypes"
-    if a.dtype == dtype:
-        return None
-    if a.dtype != torch.float32:
+    if a.dtype not in (compute, torch.float32):
         return "adapters in a lower precision than the input"
-    return None if getattr(layer, "cast_input_dtype_enabled", True) else "input casting is off"
+    casts = a.dtype != dtype and not getattr(layer, "cast_input_dtype_enabled", True)
+    return "input casting is off" if casts else None
 
 
 def _is_ordinary(tensor: Any) -> bool:

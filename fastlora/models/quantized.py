@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import QLoRALinear
+from ..layers.wrapper import linear_features
 from ..quant.checkpoint import keys_of, open_checkpoint, quantized_names, read_weight
+from ..quant.conversion import Conversion, describe
 
 
 def load_quantized(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -26,7 +28,8 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
 
     Raises:
         FileNotFoundError: there is no config.json, or a file that the index names is missing.
-        ValueError: the checkpoint is not quantised, damaged, or does not belong to the model.
+        ValueError: the checkpoint is not quantised, damaged, or does not belong to the model; or it holds in 4 bits what
+            transformers takes together or apart.
         ImportError: transformers or accelerate is not installed.
     """
     from accelerate import init_empty_weights
@@ -53,50 +56,75 @@ def load_quantized(directory: str | Path, device: torch.device | str = "cpu") ->
 
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(config)
-        _place(model, get, kinds)
+        conversion = Conversion(model)
+        _place(model, get, kinds, conversion)
         rest = set(where) - {key for name, kind in kinds.items() for key in keys_of(name, kind)}
-        _fill(model, get, rest - {f"{name}.bias" for name in kinds}, folder)
+        _fill(model, get, rest - {f"{name}.bias" for name in kinds}, conversion, folder)
     return model.requires_grad_(False).eval().to(device)
 
 
-def _place(model: nn.Module, get: Callable[[str], Tensor | None], kinds: dict[str, str]) -> None:
+def _place(
+    model: nn.Module,
+    get: Callable[[str], Tensor | None],
+    kinds: dict[str, str],
+    conversion: Conversion,
+) -> None:
     """A QLoRALinear for every 4-bit weight."""
     modules = dict(model.named_modules())
-    for name, kind in kinds.items():
-        linear = modules.get(name)
-        if type(linear) is not nn.Linear:
-            raise ValueError(f"{name}.weight: the model has no nn.Linear of that name")
-        weight = read_weight(get, name, kind)
-        if weight.shape != (linear.out_features, linear.in_features):
+    for stored, kind in kinds.items():
+        key, rule = conversion.target(f"{stored}.weight")
+        if rule is not None:
             raise ValueError(
-                f"{name}.weight: has shape {tuple(weight.shape)}, the model's is "
-                f"{(linear.out_features, linear.in_features)}"
+                f"{stored}.weight: is in 4 bits, and transformers makes {key} of it and others ({describe(rule)}), which is "
+                "no linear: quantise the original model anew"
             )
-        bias = get(f"{name}.bias")
+        name = key.removesuffix(".weight")
+        linear = modules.get(name)
+        # transformers stores a Conv1D's weight as a linear's
+        if type(linear) is not nn.Linear and type(linear).__name__ != "Conv1D":
+            raise ValueError(f"{stored}.weight: the model has no nn.Linear {name!r}")
+        assert linear is not None
+        features = linear_features(linear)
+        assert features is not None
+        weight = read_weight(get, stored, kind)
+        if weight.shape != features[::-1]:
+            raise ValueError(
+                f"{stored}.weight: has shape {tuple(weight.shape)}, the model's is {features[::-1]}"
+            )
+        bias = get(f"{stored}.bias")
         if (bias is None) != (linear.bias is None):
-            raise ValueError(f"{name}.bias: {'missing' if bias is None else 'the model has none'}")
+            raise ValueError(
+                f"{stored}.bias: {'missing' if bias is None else 'the model has none'}"
+            )
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, QLoRALinear.from_quantized(weight, bias, r=None))
 
 
-def _fill(model: Any, get: Callable[[str], Tensor | None], keys: set[str], folder: Path) -> None:
+def _fill(
+    model: Any,
+    get: Callable[[str], Tensor | None],
+    keys: set[str],
+    conversion: Conversion,
+    folder: Path,
+) -> None:
     """Everything else, as it is in the checkpoint."""
-    state = {key: tensor for key in keys if (tensor := get(key)) is not None}
     quantized = {name for name, m in model.named_modules() if isinstance(m, QLoRALinear)}
+    unexpected = conversion.unknown(keys)
     try:
+        state = dict(conversion.read(keys, get))
         result = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:  # a tensor of another shape
+    except (RuntimeError, ValueError) as error:  # a tensor of another shape
         raise ValueError(f"{folder}: {error}") from error
+    unexpected += result.unexpected_keys
     model.tie_weights()
     missing = [
         key
         for key in result.missing_keys
         if not any(key.startswith(f"{name}.") for name in quantized) and _is_meta(model, key)
     ]
-    if missing or result.unexpected_keys:
+    if missing or unexpected:
         raise ValueError(
-            f"{folder}: does not belong to a {type(model).__name__}: missing {missing[:5]}, unexpected "
-            f"{result.unexpected_keys[:5]}"
+            f"{folder}: does not belong to a {type(model).__name__}: missing {missing[:5]}, unexpected {unexpected[:5]}"
         )
 
 

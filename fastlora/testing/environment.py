@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
-    for package in ("torch", "triton", "peft", "numpy"):
+    for package in ("torch", "triton", "peft", "bitsandbytes", "transformers", "numpy"):
         found[package] = _version(package)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -76,6 +77,10 @@ def commit() -> str:
 
 
 def _version(package: str) -> str:
+    """Of the module that was used, however it came, or else of the package installed."""
+    loaded = getattr(sys.modules.get(package), "__version__", None)
+    if loaded is not None:
+        return str(loaded)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,7 @@
 """benchmarks/bench_kernels.py and bench_qlora.py: their cases, files, and that a wrong kernel is named and not timed."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -60,11 +61,39 @@ def test_bad_options_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_qlora_is_timed_beside_the_frozen_linear(tmp_path):
+def qlora(tmp_path):
     assert bench_qlora.main(["--rounds", "15", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    found = json.loads(next(tmp_path.glob("qlora-*.json")).read_text())
+    return json.loads(next(tmp_path.glob("qlora-*.json")).read_text())
+
+
+def test_qlora_is_timed_beside_the_frozen_linear_and_pefts_own_layer(tmp_path, monkeypatch):
+    bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    theirs = pytest.importorskip("peft.tuners.lora.bnb").Linear4bit
+    calls, forward = [], theirs.forward
+
+    def counted(layer, x):
+        factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        kinds = {layer.base_layer.compute_dtype, *(f.dtype for f in factors)}
+        calls.append((type(layer.base_layer), layer.scaling["default"], *kinds))
+        return forward(layer, x)
+
+    monkeypatch.setattr(theirs, "forward", counted)
+    found = qlora(tmp_path)
     rows = {(row["case"], row["contender"]): row for row in found["rows"]}
     assert {case for case, _ in rows} == {"fwd 1x64x96", "fwd 16x64x96", "f+b 32x64x96"}
-    for (_, contender), row in rows.items():
+    assert {contender for _, contender in rows} == {"frozen bf16", "fastlora", bench_qlora.PEFT}
+    for row in rows.values():
         assert row["error"] is None and row["ratio"]["median"] > 0
-        assert contender in ("frozen bf16", "fastlora")
+    assert set(calls) == {(bnb.nn.Linear4bit, 2, torch.float32)}  # the bench's dtype on a CPU
+    assert len(calls) > 3 * 15
+    for library in (bnb, peft):
+        assert found["environment"][library.__name__] == library.__version__
+
+
+@pytest.mark.parametrize("library", ["peft", "bitsandbytes"])
+def test_qlora_without_a_library_says_so(tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    rows = qlora(tmp_path)["rows"]
+    theirs = [row for row in rows if row["contender"] == bench_qlora.PEFT]
+    assert len(theirs) == 3 and all(library in row["error"] for row in theirs)
+    assert all(row["times_us"] for row in rows if row not in theirs)

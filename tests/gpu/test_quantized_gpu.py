@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 
 import pytest
@@ -133,6 +134,80 @@ def test_a_model_moved_off_the_gpu_leaves_no_memory_there():
     model.cpu()
     gc.collect()
     assert held > 50_000 and torch.cuda.memory_allocated() - before < 0.1 * held
+
+
+def bytes_held(model, multiple=1):
+    """Of all parameters, each rounded up to a ``multiple``, as an allocator does; buffers are a few hundred."""
+    return sum(-(-p.nbytes // multiple) * multiple for p in model.parameters())
+
+
+def quantized_bytes(n, k):
+    """Of an NF4 weight in blocks of 64 with quantised scales: codes, scales, theirs, their code and offset."""
+    blocks = -(-n * k // 64)
+    return -(-n * k // 2) + blocks + 4 * (-(-blocks // 256)) + 4 * 256 + 4
+
+
+def in_four_bits(base, adapters=0):
+    """What ``base`` takes with every linear but the output layer in 4 bits, and the largest of these in its dtype."""
+    linears = [m for n, m in base.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"]
+    four = sum(quantized_bytes(m.out_features, m.in_features) for m in linears)
+    floats = bytes_held(base) - sum(m.weight.nbytes for m in linears)
+    return four + floats + 4 * adapters, max(m.weight.nbytes for m in linears)
+
+
+def check_peak(model, base, peak, adapters=0):
+    """``peak``: the most bytes that were allocated on the way to ``model``. torch allocates by 512."""
+    expected, largest = in_four_bits(base, adapters)
+    assert bytes_held(model) == expected
+    assert peak <= bytes_held(model, 512) + 4 * largest
+    assert bytes_held(model, 512) + 4 * largest < 0.5 * bytes_held(base)
+
+
+@contextlib.contextmanager
+def no_more_than(extra):
+    """Torch's allocator gets ``extra`` bytes more than it holds; yields what tells the peak above what there was."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    room = torch.cuda.memory_reserved() + extra
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(
+        room / torch.cuda.get_device_properties(0).total_memory
+    )
+    try:
+        yield lambda: torch.cuda.max_memory_allocated() - before
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """400 MiB in bf16, on the CPU; a linear has 8 at most."""
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 13}
+    return tiny_llama(dtype=torch.bfloat16, vocab_size=1024, **shape)
+
+
+def test_the_full_model_never_fits(large, tmp_path):
+    """On a card for six tenths of the model: neither quantised from the CPU, nor quantised to a file and read from there."""
+    size, ids = bytes_held(large), some_ids().to(CUDA)
+    large.save_pretrained(tmp_path / "floats")
+    with no_more_than(int(0.6 * size)) as peak:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(size, dtype=torch.uint8, device=CUDA)
+        quantize_checkpoint(tmp_path / "floats", tmp_path / "four", device=CUDA)
+        assert 0 < peak() <= 4 * in_four_bits(large)[1]
+    with no_more_than(int(0.6 * size)) as peak:
+        read = fastlora.load_quantized(tmp_path / "four", CUDA)
+        check_peak(read, large, peak())
+        assert torch.isfinite(logits(read, ids)).all()
+        del read
+    base = copy.deepcopy(large)
+    config = LoraConfig(r=4, target_modules="all-linear", quantize="nf4")
+    with no_more_than(int(0.6 * size)) as peak:
+        model = fastlora.get_peft_model(base, config, device="cuda")
+        check_peak(model, large, peak(), model.get_nb_trainable_parameters()[0])
+        assert {p.device for p in model.parameters()} == {CUDA}
+        assert torch.isfinite(logits(model, ids)).all()
 
 
 def test_a_gpu_without_room_leaves_everything_on_the_cpu():

@@ -1,6 +1,8 @@
 """quantize_checkpoint and `fastlora quantize`: what they write is transformers' and bitsandbytes' own form."""
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import fastlora
 from fastlora import NF4Tensor, QLoRALinear
 from fastlora.cli.app import app
 from fastlora.io.quantize import quantize_checkpoint
-from tests.tiny_models import some_ids, tiny_llama
+from tests.tiny_models import tiny_llama
 
 
 @pytest.fixture
@@ -43,21 +45,75 @@ def test_every_bit_comes_back(source, tmp_path, double_quant, shard_bytes):
             assert torch.equal(value, weights[name]) and value.dtype == torch.bfloat16
 
 
-def test_transformers_and_bitsandbytes_load_it(source, tmp_path):
+@pytest.mark.parametrize(
+    ("block_size", "double_quant"),
+    [(64, True), (64, False), (128, True), (256, False), (4096, True)],
+)
+def test_transformers_and_bitsandbytes_load_it(source, tmp_path, block_size, double_quant):
+    """Every bit of every layer, as they hold it."""
     pytest.importorskip("bitsandbytes")
     import transformers
 
+    folder, model = source
+    quantize_checkpoint(folder, tmp_path / "q", block_size, double_quant)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
+    ours = fastlora.load_quantized(tmp_path / "q")
+    layers = {n: m for n, m in ours.named_modules() if isinstance(m, QLoRALinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        linear = theirs.get_submodule(name)
+        assert type(linear).__name__ == "Linear4bit" and linear.compute_dtype == torch.bfloat16
+        held = NF4Tensor.from_bitsandbytes(linear.weight)
+        exact = NF4Tensor.quantize(model.get_submodule(name).weight, block_size, double_quant)
+        for read in (held, layer.weight):
+            assert read.form == exact.form and read.dtype == exact.dtype
+            assert read.state_dict().keys() == exact.state_dict().keys()
+            for key, value in exact.state_dict().items():
+                assert torch.equal(read.state_dict()[key], value), (name, key)
+    for name, value in ours.state_dict().items():
+        if not any(name.startswith(f"{layer}.") for layer in layers):
+            assert torch.equal(theirs.state_dict()[name], value), name
+
+
+class Trap:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.sprung,)
+
+
+def test_a_planted_pickle_is_never_read(source, tmp_path):
+    """Beside the safetensors, and in their place."""
     folder, _ = source
-    quantize_checkpoint(folder, tmp_path / "quantised")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "quantised", device_map="cpu"
-    ).train()
-    layer = theirs.model.layers[0].mlp.down_proj
-    assert type(layer).__name__ == "Linear4bit" and layer.weight.quant_state.nested
-    ours = fastlora.load_quantized(tmp_path / "quantised")
-    with torch.no_grad():
-        want, got = theirs(some_ids()).logits.float(), ours(some_ids()).logits.float()
-    assert (got - want).norm() < 1e-2 * want.norm()
+    sprung = tmp_path / "sprung"
+    pickled = pickle.dumps(Trap(sprung))
+    pickle.loads(pickled)
+    assert sprung.exists()  # so it would show
+    sprung.unlink()
+    names = ("pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json")
+    for name in names:
+        (folder / name).write_bytes(pickled)
+    quantize_checkpoint(folder, tmp_path / "q")
+    assert not any((tmp_path / "q" / name).exists() for name in names)
+    for name in names:
+        (tmp_path / "q" / name).write_bytes(pickled)
+    fastlora.load_quantized(tmp_path / "q")
+    (folder / "model.safetensors").unlink()
+    (tmp_path / "q" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="incomplete"):
+        quantize_checkpoint(folder, tmp_path / "r")
+    with pytest.raises(FileNotFoundError, match="incomplete"):
+        fastlora.load_quantized(tmp_path / "q")
+    (folder / "model.safetensors").write_bytes(pickled)
+    (tmp_path / "q" / "model.safetensors").write_bytes(pickled)
+    with pytest.raises(ValueError, match="no whole safetensors"):
+        quantize_checkpoint(folder, tmp_path / "r")
+    with pytest.raises(ValueError, match="no whole safetensors"):
+        fastlora.load_quantized(tmp_path / "q")
+    assert not sprung.exists()
 
 
 def test_the_command_line(source, tmp_path):

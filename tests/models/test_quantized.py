@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
+from functools import partial
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import fastlora
 from fastlora import LoraConfig, NF4Tensor, QLoRALinear
+from fastlora.testing.compare import assert_accurate
 from tests.tiny_models import (
     assert_unchanged,
     logits,
@@ -24,6 +26,7 @@ from tests.tiny_models import (
 )
 
 BF16 = torch.bfloat16
+READING = ("dequantize", "nf4_few", "nf4_gemm")  # ops that take the codes
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -34,9 +37,9 @@ def own(model=None, device=None, **settings):
     return made
 
 
-def rows_of_blocks():
+def rows_of_blocks(**changes):
     """Whole blocks in every row: bitsandbytes' CPU kernels read others wrongly."""
-    return tiny_llama(hidden_size=64, intermediate_size=128)
+    return tiny_llama(hidden_size=64, intermediate_size=128, **changes)
 
 
 def stock(
@@ -306,7 +309,7 @@ def test_a_compiled_model_is_one_graph_as_stock_is(build, dtype, device):
     fastlora.reset_launches()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got, got_grads = loss_and_grads(compiled, ids)
-    assert any(op in ("dequantize", "nf4_few", "nf4_gemm") for op, _ in fastlora.launches())
+    assert any(op in READING for op, _ in fastlora.launches())
     torch.testing.assert_close(got, want)
     prefix = "_orig_mod."
     assert got_grads.keys() == {prefix + name for name in want_grads}
@@ -330,13 +333,122 @@ def test_a_compiled_model_reads_the_weight_where_it_is_and_follows_its_adapters(
             torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
-def test_another_compute_dtype_runs_bitsandbytes_own_way(device):
-    model, ids = stock(device, torch.float32, compute=BF16), some_ids().to(device)
-    want, _ = loss_and_grads(model, ids)
+def prepared(device, **settings):
+    """The recipe of PEFT's and transformers' documents: bf16 told, everything that is not in 4 bits cast to fp32."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = stock(device, BF16, model=rows_of_blocks(attention_bias=True), **settings)
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    told = {m.compute_dtype for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    assert told == {BF16} and floats == {torch.float32}
+    return model
+
+
+def autocast(on, device):
+    return torch.autocast(device.type, BF16, enabled=on)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["autocast", "plain"])
+def test_the_usual_recipe_is_accelerated(on, device):
+    """What prepare_model_for_kbit_training makes launches what the model it was made of does, and is as near to exact as
+    stock is where it computes in bf16: under autocast (without, its low-rank path is in fp32, fastlora's is not)."""
+    ids = some_ids(rows=4).to(device)
+
+    def launched(model, on=on):
+        fastlora.reset_launches()
+        with autocast(on, device):
+            found = loss_and_grads(model, ids)
+        return *found, fastlora.launches()
+
+    unprepared = fastlora.accelerate(stock(device, BF16, model=rows_of_blocks(attention_bias=True)))
+    *_, want = launched(unprepared)
+    model = prepared(device)
+    loss, grads, nothing = launched(model, True)
+    assert not nothing
+    exact = stock(
+        device, compute=torch.float32, model=rows_of_blocks(attention_bias=True).bfloat16()
+    )
+    for name, module in exact.named_modules():
+        if hasattr(module, "compute_dtype") and hasattr(module, "quant_state"):
+            module.weight = model.get_submodule(name).weight
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                exact.get_parameter(name).copy_(parameter)
+    true_loss, true = loss_and_grads(exact, ids)
+    fastlora.accelerate(model)
+    got_loss, got, ran = launched(model)
+    assert ran == want and sum(n for (op, _), n in ran.items() if op in READING) >= 14 + 11
+    away = abs(loss - true_loss)
+    assert away > 0 and abs(got_loss - true_loss) <= 2 * away + 2**-9 * true_loss
+    assert got.keys() == grads.keys() == true.keys() and len(got) == 28
+    for name, value in true.items():
+        assert got[name].dtype == torch.float32
+        theirs = (grads[name] - value).norm()
+        assert (got[name] - value).norm() <= 2 * theirs + 2**-8 * value.norm(), name
+    assert torch.equal(launched(fastlora.restore(model), True)[0], loss)
+
+
+@pytest.mark.parametrize("compute", [BF16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+@pytest.mark.parametrize("cast_to", [None, BF16])
+def test_a_linear_computes_in_the_dtype_that_bitsandbytes_was_told(compute, dtype, cast_to, device):
+    """Under autocast too; y has x's dtype. Where autocast could widen that, PEFT's own forward runs."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = bnb.nn.Linear4bit(64, 96, quant_type="nf4", compute_dtype=compute).to(device)
+    linear.bias.requires_grad_(False)
+    net = nn.Sequential(linear)
+    net.is_loaded_in_4bit = True
+    model = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["0"]))
+    randomize_adapters(model)
+    layer = model.base_model.model[0]
+    x = torch.randn(5, 64, device=device).to(dtype)
+    dy = torch.randint(-8, 9, (5, 96), device=device) / 8  # the same number in every dtype
+
+    def run(call, x):
+        leaves = [x.detach().requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+        y = call(leaves[0])
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+    def under_autocast(x):
+        with torch.autocast(device.type, cast_to, enabled=cast_to is not None):
+            return model(x)
+
+    def formula(dtype, x):
+        a, b = (f["default"].weight.to(dtype) for f in (layer.lora_A, layer.lora_B))
+        weight = NF4Tensor.from_bitsandbytes(linear.weight).dequantize(compute).to(dtype)
+        before, x, s = x.dtype, x.to(dtype), layer.scaling["default"]
+        y = x @ weight.t() + linear.bias.to(dtype) + s * (x @ a.t() @ b.t())
+        return y if dtype == torch.float64 else y.to(before)
+
+    truth = run(partial(formula, torch.float64), x.double())
+    same_dtype, stocks = run(partial(formula, compute), x), run(under_autocast, x)
     fastlora.accelerate(model)
     fastlora.reset_launches()
-    got, _ = loss_and_grads(model, ids)
-    assert torch.equal(got, want) and not fastlora.launches()
+    ours = run(under_autocast, x)
+    widens = dtype == torch.float16 and cast_to == BF16
+    assert widens != any(op in READING for op, _ in fastlora.launches())
+    assert [t.dtype for t in ours] == [t.dtype for t in stocks]
+    rows = [] if widens else zip(("y", "dx", "dA", "dB"), ours, same_dtype, truth, strict=True)
+    for name, *three in rows:
+        assert_accurate(name, *three)
+
+
+def test_a_prepared_model_is_compiled_to_one_graph(device):
+    model, ids = fastlora.accelerate(prepared(device)), some_ids(rows=4).to(device)
+    want, want_grads = loss_and_grads(model, ids)
+    torch._dynamo.reset()
+    fastlora.reset_launches()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, got_grads = loss_and_grads(compiled, ids)
+    assert any(op in READING for op, _ in fastlora.launches())
+    torch.testing.assert_close(got, want)
+    for name, value in want_grads.items():
+        away = (got_grads[f"_orig_mod.{name}"] - value).norm()
+        assert away <= 2e-2 * value.norm() + 1e-6, name
 
 
 def test_a_small_run_follows_peft_over_bitsandbytes(device):
