@@ -103,18 +103,16 @@ void nf4_linear_sm80(const Nf4Linear& p, CUstream_st* stream) {
   const auto of_rows = [&](auto zero, auto rows) {
     using T = decltype(zero);
     constexpr int kRows = decltype(rows)::value;
-    // Entries of 256 bytes, and as many warps as registers allow, where there is room: an SM of 9.0
-    // and 10.0.
-    using Large = FewTile<kRows == 8 ? 16 : 8, kRows, 8, kRows == 8 ? 3 : 4>;
-    using Small = FewTile<8, kRows, 7, kRows <= 16 ? 2 : 3>;
+    // 16 warps and entries of 256 bytes where there is room: an SM of 9.0 and 10.0.
+    using Large = FewTile<16, kRows, 8, kRows == 8 ? 3 : 4>;
+    using Small = FewTile<8, kRows, 7, 2>;
     constexpr int kLargeBytes = Large::kScales + 32 * 1024;
     static_assert(kLargeBytes <= kMostSharedBytes && Small::kScales + 16 * 1024 <= 99 * 1024);
     most >= kLargeBytes ? launch<T, Large>(p, most, stream) : launch<T, Small>(p, most, stream);
   };
   const auto of_type = [&](auto zero) {
     if (p.m <= 8) return of_rows(zero, std::integral_constant<int, 8>{});
-    if (p.m <= 16) return of_rows(zero, std::integral_constant<int, 16>{});
-    of_rows(zero, std::integral_constant<int, 32>{});
+    of_rows(zero, std::integral_constant<int, 16>{});
   };
   p.half ? of_type(__half{}) : of_type(__nv_bfloat16{});
 }

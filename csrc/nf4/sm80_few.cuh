@@ -1,8 +1,8 @@
 // y = x W^T + bias + h B^T of few rows, W [n, k] in 4 bits, read as it lies.
 //
-//   CTA      as many groups of 16 features (rows of W) as give every SM one CTA, all of k, up to 32
-//            rows of x. Every warp has a part of k: two blocks of 64 of x are in registers while it
-//            goes through the features; at last the warps' sums are added up
+//   CTA      as many groups of 16 features (rows of W) as give every SM one CTA, all of k, up to 16
+//            rows of x. Every warp has a part of k: some blocks of 64 of x are in registers while
+//            it goes through the features; at last the warps' sums are added up
 //   product  mma.sync m16n8k16: 16 features by 8 rows of x. The tensor cores do not mind the order
 //            of k: of the 64 elements of a block a lane takes 16 that are neighbours, which are 8
 //            bytes of codes and 32 of x
@@ -35,8 +35,8 @@ template <int kWarpsOf, int kRowsOf, int kShiftOf, int kStagesOf>
 struct FewTile {
   static constexpr int kWarps = kWarpsOf, kRows = kRowsOf, kShift = kShiftOf, kStages = kStagesOf;
   static constexpr int kThreads = kWarps * 32, kTiles = kRows / 8;
-  static constexpr int kMostSums = (kRows <= 16 ? 2 : 4) * kWarps * kFewGroup;  // of a warp
-  static constexpr int kBlocks = kRows <= 16 ? 4 : 2;  // of 64 k in a stage, of 16 features
+  static constexpr int kMostSums = (kRows == 8 ? 2 : 4) * 16 * kFewGroup;  // of a warp
+  static constexpr int kBlocks = kRows == 8 ? 4 : 2;  // of 64 k in a stage, of 16 features
   static constexpr int kCodeRow = kBlocks * kNf4BlockK / 2, kStageBytes = kFewGroup * kCodeRow;
   static constexpr int kTableBytes = 256 << kShift;
   static constexpr int kSums = kTableBytes + kWarps * kStages * kStageBytes;
@@ -131,6 +131,10 @@ struct FewLoader {
 // The line of an address that is before `end`, into L2.
 __device__ __forceinline__ void prefetch_l2(const void* address, const void* end) {
   if (address < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+__device__ __forceinline__ void prefetch_l1(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
 
 // Scales of features that follow each other, in fp32: the first words of four on their way while
@@ -316,6 +320,11 @@ __global__ void __launch_bounds__(Tile::kThreads)
     for (int block = share.begin; block < share.end; block += kBlocks) {
       if (!kHeldX || block > share.begin || done > 0) {
         load_few_rows<T, Tile>(x, p, first_row, block, share.end, lane);
+      }
+      if (block + kBlocks + q < share.end && q < kBlocks) {  // x of the next blocks, a line a lane
+        const int64_t row = min(int64_t{first_row + g}, p.m - 1);
+        prefetch_l1(static_cast<const T*>(p.x) + row * p.x_pitch +
+                    (block + kBlocks + q) * kNf4BlockK);
       }
       float* to = own_sums;
       int own_by[kBlocks];

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kRankWarps * 32) ranks_kernel(Nf4Linear p, int
     }
   }
 #if __CUDA_ARCH__ >= 900
-  sm90::cluster_sync();  // the others may still read
+  sm90::cluster_sync_readers();
 #endif
 }
 

@@ -58,6 +58,9 @@ __global__ void __launch_bounds__(kNf4Threads, Tile::kCtas)
     prefetch_tensor_map(&maps.x);
     prefetch_tensor_map(&maps.codes);
   }
+  const Nf4Producer<T, Tile> producer{cta};
+  typename Nf4Producer<T, Tile>::Early early;
+  if (warp == 1 || warp == 2) early = producer.ask_early();
   auto* const values = reinterpret_cast<float*>(nf4_shared + Tile::kValues);
   if (threadIdx.x >= 128 && threadIdx.x < 144) {
     values[threadIdx.x - 128] = args.book.value[threadIdx.x - 128];
@@ -69,15 +72,8 @@ __global__ void __launch_bounds__(kNf4Threads, Tile::kCtas)
   constexpr int kIdle = Tile::kCtas == 2 ? Tile::kBack ? 48 : 40 : 56;
   if (warp < 4) {
     registers_decrease<kIdle>();
-    const Nf4Producer<T, Tile> producer{cta};
     if (warp == 0 && lane == 0) producer.load(maps);
-    if (warp == 1 || warp == 2) {
-      if constexpr (Tile::kBack) {
-        producer.make_scales_back();
-      } else {
-        producer.make_scales();
-      }
-    }
+    if (warp == 1 || warp == 2) producer.make_scales(early);
     if (warp == 3 && update) producer.load_h();
     __syncwarp();
     if (args.splits > 1) cluster_sync();
@@ -100,7 +96,7 @@ __global__ void __launch_bounds__(kNf4Threads, Tile::kCtas)
     }
     __syncwarp();
   }
-  if (args.splits > 1) cluster_sync();  // the others may still read
+  if (args.splits > 1) cluster_sync_readers();
 }
 
 }  // namespace fastlora::sm90

@@ -50,53 +50,94 @@ struct Nf4Producer : Nf4Cta<Tile> {
 
   static constexpr int kLanes = kScaleWarps * 32;
 
-  // The values of quantised scales to shared memory, by the warps that make them: their offset.
-  __device__ __forceinline__ float load_nested(float* nested_code) const {
-    const int thread = (warp - 1) * 32 + lane;
-    const float offset = *args.scales.offset;
-    float values[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = args.scales.nested_code[i * kLanes + thread];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) nested_code[i * kLanes + thread] = values[i];
-    named_barrier_sync(2, kLanes);
-    return offset;
+  // What the warps that make scales ask for before anything else: behind a ring's worth of codes of
+  // every CTA it would come microseconds later.
+  static constexpr int kAhead =
+      4;  // steps of dX, whose rows are far apart, and so are their scales
+  struct Early {
+    float offset, values[4];  // of quantised scales
+    Scales four[2];           // of forward: a lane has two neighbouring features,
+    Scale one[kAhead][2];     // of dX: one row of W in a step, in the blocks of both halves
+  };
+  __device__ __forceinline__ bool nested() const { return args.scales.absmax == nullptr; }
+  __device__ __forceinline__ int thread() const { return (warp - 1) * 32 + lane; }
+  // Of forward.
+  __device__ __forceinline__ int first_scale(int i) const {
+    return static_cast<int>(min(column + thread() * 2 + i, int64_t{args.n} - 1)) * args.blocks;
   }
-
-  // A lane has two neighbouring features.
-  __device__ __forceinline__ void make_scales() const {
-    static_assert(2 * kLanes == kNf4Columns);
-    const int thread = (warp - 1) * 32 + lane, shift = args.block_shift - 6;
-    const bool nested = args.scales.absmax == nullptr;
-    auto* const nested_code = reinterpret_cast<float*>(memory + Tile::kNested);
-    const int last = (end - 1) >> shift;
-    int first[2];
+  __device__ __forceinline__ int first_block() const {
+    return begin >> (args.block_shift - 6) & ~3;
+  }
+  // Of dX. Where there is no row or column a scale is 0, and not a neighbour's, which may be
+  // infinite.
+  __device__ __forceinline__ bool has_scale(int j, int i) const {
+    return j < end && j * 64 + thread() < args.n && column + 64 * i < args.columns;
+  }
+  __device__ __forceinline__ void load_scales_back(Scale (&to)[2], int j) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      first[i] = static_cast<int>(min(column + thread * 2 + i, int64_t{args.n} - 1)) * args.blocks;
+      if (has_scale(j, i)) {
+        const int block = static_cast<int>(column + 64 * i >> args.block_shift);
+        to[i] = load_scale(args.scales, (j * 64 + thread()) * args.blocks + block);
+      }
     }
-    int block = begin >> shift & ~3;
-    Scales ahead[2] = {load_scales(first[0] + block), load_scales(first[1] + block)};
-    const float offset = nested ? load_nested(nested_code) : 0.0f;
+  }
+
+  __device__ __forceinline__ Early ask_early() const {
+    Early early{};
+    if constexpr (Tile::kBack) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load_scales_back(early.one[i], begin + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) early.four[i] = load_scales(first_scale(i) + first_block());
+    }
+    if (nested()) {
+      early.offset = *args.scales.offset;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        early.values[i] = args.scales.nested_code[i * kLanes + thread()];
+      }
+    }
+    return early;
+  }
+  __device__ __forceinline__ void make_scales(Early& early) const {
+    if (nested()) {
+      auto* const to = reinterpret_cast<float*>(memory + Tile::kNested);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i * kLanes + thread()] = early.values[i];
+      named_barrier_sync(2, kLanes);
+    }
+    if constexpr (Tile::kBack) {
+      make_scales_back(early.one, early.offset);
+    } else {
+      make_scales_forward(early.four, early.offset);
+    }
+  }
+
+  __device__ __forceinline__ void make_scales_forward(Scales (&ahead)[2], float offset) const {
+    static_assert(2 * kLanes == kNf4Columns);
+    const int shift = args.block_shift - 6, last = (end - 1) >> shift;
+    const auto* const nested_code = reinterpret_cast<const float*>(memory + Tile::kNested);
     int stage = 0, j = begin;
     uint32_t phase = 0;
-    const uint32_t to = base + Tile::kScales + thread * 8;
-    for (; block <= last; block += 4) {
+    const uint32_t to = base + Tile::kScales + thread() * 8;
+    for (int block = first_block(); block <= last; block += 4) {
       uint32_t both[4];  // features of a block
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
         float scale[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const Scale one = {nested ? ahead[i].absmax[0] : ahead[i].absmax[a],
+          const Scale one = {nested() ? ahead[i].absmax[0] : ahead[i].absmax[a],
                              ahead[i].codes >> (8 * a) & 0xFF};
-          scale[i] = make_scale(one, nested, nested_code, offset);
+          scale[i] = make_scale(one, nested(), nested_code, offset);
         }
         both[a] = pack2<T>(scale[0], scale[1]);
       }
       if (block + 4 <= last) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) ahead[i] = load_scales(first[i] + block + 4);
+        for (int i = 0; i < 2; ++i) ahead[i] = load_scales(first_scale(i) + block + 4);
       }
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
@@ -113,38 +154,12 @@ struct Nf4Producer : Nf4Cta<Tile> {
     }
   }
 
-  // Of dX: a lane has one row of W in a step, in the blocks of both halves of the tile's columns.
-  // Where there is no row or column a scale is 0, and not a neighbour's, which may be infinite.
-  __device__ __forceinline__ void make_scales_back() const {
-    constexpr int kAhead = 4;  // steps: rows are far apart, and so are their scales
+  __device__ __forceinline__ void make_scales_back(Scale (&ahead)[kAhead][2], float offset) const {
     static_assert(kLanes == kNf4BlockK && Tile::kScaleBytes == kLanes * 2 * sizeof(T));
-    const int thread = (warp - 1) * 32 + lane;
-    const bool nested = args.scales.absmax == nullptr;
-    auto* const nested_code = reinterpret_cast<float*>(memory + Tile::kNested);
-    int block[2];
-    bool there[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      block[i] = static_cast<int>(column + 64 * i >> args.block_shift);
-      there[i] = column + 64 * i < args.columns;
-    }
-    Scale ahead[kAhead][2] = {};
-    const auto load = [&](Scale(&to)[2], int j) {
-      const int64_t at = j * 64 + thread;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (j < end && at < args.n && there[i]) {
-          to[i] = load_scale(args.scales, static_cast<int>(at) * args.blocks + block[i]);
-        }
-      }
-    };
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(ahead[i], begin + i);
-    const float offset = nested ? load_nested(nested_code) : 0.0f;
-
+    const auto* const nested_code = reinterpret_cast<const float*>(memory + Tile::kNested);
     // Pairs of a lane of the consumers are together: rows 2 (lane % 4) + {0, 1} + 8 {0, 1, 2, 3}.
-    char* const to = memory + Tile::kScales + (thread / 32 * 4 + thread / 2 % 4) * 16 +
-                     thread / 8 % 4 * 4 + thread % 2 * 2;
+    char* const to = memory + Tile::kScales + (thread() / 32 * 4 + thread() / 2 % 4) * 16 +
+                     thread() / 8 % 4 * 4 + thread() % 2 * 2;
     int stage = 0;
     uint32_t phase = 0;
     for (int j = begin; j < end; j += kAhead) {
@@ -154,10 +169,10 @@ struct Nf4Producer : Nf4Cta<Tile> {
         float scale[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const bool given = (j + a) * 64 + thread < args.n && there[i];
-          scale[i] = given ? make_scale(ahead[a][i], nested, nested_code, offset) : 0.0f;
+          scale[i] =
+              has_scale(j + a, i) ? make_scale(ahead[a][i], nested(), nested_code, offset) : 0.0f;
         }
-        load(ahead[a], j + a + kAhead);
+        load_scales_back(ahead[a], j + a + kAhead);
         mbarrier_wait(empty(stage), phase ^ 1);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

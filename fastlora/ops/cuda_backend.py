@@ -54,7 +54,7 @@ def _nf4_miss(x: Tensor, codes: Tensor, form: Form) -> str | None:
 
 
 # csrc/nf4/sm80.cu: up to so many rows it is faster than sm90.cu; more it takes for GPUs that have no other.
-_FEW_NF4_ROWS = 16
+_FEW_NF4_ROWS = 8
 _MOST_NF4_FEW_ROWS = 64
 
 

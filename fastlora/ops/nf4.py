@@ -104,15 +104,15 @@ class Reader(NamedTuple):
     makes_h: bool
 
 
-# Above, a weight in floats costs less than decoding it for every 16 to 64 rows again (to be measured: benchmarks/NOTES.md).
-_MOST_TRITON_ROWS = 64
+# Above, a weight in floats costs less than decoding it again for every 64 rows (benchmarks/NOTES.md).
+_MOST_TRITON_ROWS = {"nf4_gemm": 128, "nf4_dx": 64}
 
 
-def triton_codes_fit(rows: int, form: Form) -> support.Fit:
+def triton_codes_fit(op: str, rows: int, form: Form) -> support.Fit:
     """How a product with ``rows`` rows suits fastlora/triton/nf4_linear.py."""
     if form.cols % 2:
         return support.Fit(f"needs an even K, whose rows begin with a byte, got {form.cols}")
-    if rows > _MOST_TRITON_ROWS:
+    if rows > _MOST_TRITON_ROWS[op]:
         return support.Fit(None, f"{rows} rows are for a weight in floats")
     group = math.gcd(form.cols, form.block_size)
     if group < 32:
@@ -160,7 +160,7 @@ def _triton_reads(op: str, x: Tensor, form: Form, rank: int) -> bool:
     return (
         (wish == "triton" or (wish is None and x.device.type != "cpu"))
         and support.miss(op, "triton", x.device, x.dtype, rank) is None
-        and triton_codes_fit(x.shape[0], form) == support.Fit()
+        and triton_codes_fit(op, x.shape[0], form) == support.Fit()
     )
 
 

@@ -157,7 +157,7 @@ def tile_for(
     device: torch.device,
 ) -> CodesTile:
     """The tile for a result [m, wide] of a contraction of ``long``: 64 bytes of a row of codes where there is room, and
-    two CTAs an SM. Compiled, not yet swept: benchmarks/NOTES.md."""
+    two CTAs an SM. Swept on an H100: benchmarks/NOTES.md."""
     br = launch.pick(rank, (16, 32))
     if launch.interpreting():
         bm, bn, bk, warps, stages = 16, 64, 64, 4, 1
@@ -166,8 +166,9 @@ def tile_for(
     else:
         roomy = launch.shared_memory(device) > 160 * 1024
         bm = launch.pick(m, (16, 32, 64, 128) if roomy and over_rows else (16, 32, 64))
-        bn, bk = (128, 64) if over_rows else (64, 128 if roomy else 64)
-        warps, stages = 8 if bm >= 64 else 4, 4 if roomy else 3
+        few = bm <= 32
+        bn, bk = (128, 64) if over_rows and not few else (64, 128 if roomy else 64)
+        warps, stages = 4 if few else 8, 4 if roomy and not (over_rows and few) else 3
     tiles = launch.cdiv(m, bm) * launch.cdiv(wide, bn)
     splits = 2 * launch.multiprocessors(device) // max(tiles, 1)
     if not launch.interpreting():  # a run shorter than four steps is not worth a second launch

@@ -231,7 +231,11 @@ def test_memory_is_the_allocators_and_is_given_back(m):
         assert after - before <= sum(sizes) + m * 16 * 2 + slack  # y's graph holds h no more
         weight = 2 * n * k
         peak = torch.cuda.max_memory_allocated() - before
-        assert weight <= peak <= weight + sum(sizes) + 0.75 * weight  # partial sums of dA and dB
+        assert peak <= weight + sum(sizes) + 0.75 * weight  # partial sums of dA and dB
+        ran = {op for op, _ in fastlora.launches()}
+        assert (peak >= weight) == (
+            "dequantize" in ran
+        )  # where codes are read there is none at all
         assert torch.cuda.memory_allocated() == before
     assert {backend for _, backend in fastlora.launches()} <= {"cuda", "triton"}
 

@@ -125,12 +125,15 @@ def test_tensors_on_another_device_than_the_current_one():
 
 
 @only_triton
-def test_fp32_is_not_tf32_unless_torch_says_so(monkeypatch):
+def test_fp32_is_not_tf32_unless_torch_says_so():
     x, w, a, b = operands(m=256, k=2048, n=256, dtype=torch.float32)
     truth = reference.lora_linear(x.double(), w.double(), a.double(), b.double(), 0.5)
     assert relative_error(fastlora.lora_linear(x, w, a, b, 0.5), truth) < 2e-6
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert 5e-5 < relative_error(fastlora.lora_linear(x, w, a, b, 0.5), truth) < 2e-3
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert 5e-5 < relative_error(fastlora.lora_linear(x, w, a, b, 0.5), truth) < 2e-3
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @only_triton

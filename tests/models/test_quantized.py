@@ -26,7 +26,7 @@ from tests.tiny_models import (
 )
 
 BF16 = torch.bfloat16
-READING = ("dequantize", "nf4_few", "nf4_gemm")  # ops that take the codes
+READING = ("dequantize", "nf4_few", "nf4_gemm", "nf4_dx")  # ops that take the codes
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -106,9 +106,13 @@ def test_what_takes_the_codes(monkeypatch):
     assert chosen(form=ops.Form(N, K, 32, 256, False)) is None
     with fastlora.backend("cuda"):  # g, dA and dB would not be cuda's
         assert chosen() is None and chosen(a=None) == "cuda"
-    for name in ("triton", "torch"):
-        with fastlora.backend(name):
-            assert chosen(a=None) is None
+    with fastlora.backend("torch"):
+        assert chosen(a=None) is None
+    few, many = dy[:64], torch.zeros(65, N, dtype=BF16)
+    with fastlora.backend("triton"):
+        assert chosen(dy=few) == chosen(dy=few, a=None) == "triton"
+        assert chosen(dy=few, state=torch.tensor([3, 4])) is None
+        assert chosen(dy=many) is None
     monkeypatch.setattr(support, "miss", lambda op, *_: "no" if op == "nf4_dx" else None)
     assert chosen() is None
 
@@ -138,7 +142,8 @@ def test_what_the_kernel_does_not_take_is_named():
 )
 @pytest.mark.parametrize("r", [0, 16])
 def test_explain_tells_who_takes_the_codes(monkeypatch, r, forward, backward, takers):
-    monkeypatch.setattr(explanation, "reads_codes", lambda *_: forward)
+    reader = nf4.Reader(forward, "cuda", True) if forward else None
+    monkeypatch.setattr(explanation, "reads_codes", lambda *_: reader)
     monkeypatch.setattr(explanation, "dx_reads_codes", lambda *_: backward)
     layer = QLoRALinear.from_linear(torch.nn.Linear(128, 64), r=r or 8)
     layer.enable_adapters(r > 0)

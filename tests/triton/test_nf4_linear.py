@@ -82,8 +82,9 @@ def test_integers_are_exact(shape, rank, fp4, dtype):
         dx = nf4_linear.dx(dy, *weight_of(q), h, a.to(factors))
         assert_same_bits("y", y, y_true.to(dtype))
         assert_same_bits("dX", dx, dx_true.to(dtype))
-        assert torch.equal(y, reference.gemm(x, w, h, b, bias))
-        assert torch.equal(dx, reference.gemm(dy, w.t(), h, a.t(), None))
+        if dtype != BF16:  # whose reference rounds products before it adds them
+            assert torch.equal(y, reference.gemm(x, w, h, b, bias))
+            assert torch.equal(dx, reference.gemm(dy, w.t(), h, a.t(), None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

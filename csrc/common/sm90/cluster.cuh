@@ -31,6 +31,13 @@ __device__ __forceinline__ void cluster_sync() {
   cluster_wait();
 }
 
+// Before a CTA whose shared memory others have read ends, or uses it again. What was read has
+// arrived, for it was used: nothing has to be made visible, which would take a microsecond.
+__device__ __forceinline__ void cluster_sync_readers() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  cluster_wait();
+}
+
 // Barrier `id` (1..15; 0 is __syncthreads) of `threads` threads of the CTA, whole warps.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

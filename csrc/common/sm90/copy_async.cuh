@@ -19,15 +19,11 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
 
 // The same, all 16 of them, of data that is read once: L2 lets go of it before anything else.
 __device__ __forceinline__ void copy_async_16_once(uint32_t shared, const void* global) {
-#ifndef FASTLORA_X_NOEVICT
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared),
                "l"(global), "l"(policy)
                : "memory");
-#else
-  copy_async_16(shared, global, 16);
-#endif
 }
 
 // The same with 4 bytes.
