@@ -80,8 +80,17 @@ def _nf4_factors_miss(x: Tensor, a: Tensor | None, b: Tensor | None) -> str | No
     return None
 
 
-# Above, a weight in floats costs less than decoding it again for every 256 rows: 235 / M of the GEMM where bytes are the limit.
+# Above, a weight in floats costs less than decoding it again for every 256 rows (benchmarks/NOTES.md). Forward up to twice as
+# many, where tiles of 256 rows x 128 columns leave few of 132 SMs idle in the last round.
 _MOST_NF4_GEMM_ROWS = 1024
+
+
+def _nf4_slower(m: int, columns: int, forward: bool) -> str | None:
+    tiles = -(-m // 256) * -(-columns // 128)
+    full = tiles >= 0.9 * 132 * -(-tiles // 132)
+    if m <= _MOST_NF4_GEMM_ROWS or (forward and full and m <= 2 * _MOST_NF4_GEMM_ROWS):
+        return None
+    return f"{m} rows are for a weight in floats"
 
 
 def nf4_gemm_fit(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form) -> Fit:
@@ -90,22 +99,20 @@ def nf4_gemm_fit(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form)
     by_four = blocks % 4 == 0 and form.nested_block_size % 4 == 0
     if not by_four or scales[0].data_ptr() % (4 * scales[0].element_size()):
         return Fit("needs a multiple of four blocks in a row, and of quantised scales in a block")
-    return _nf4_fit(x, codes, form)
+    return Fit(_nf4_read_miss(x, codes, form), _nf4_slower(x.shape[0], form.rows, True))
 
 
 def nf4_dx_fit(dy: Tensor, codes: Tensor, form: Form, rng_state: Tensor | None) -> Fit:
     """How the tensors suit it for dX, which takes scales one by one."""
     if rng_state is not None:
         return Fit("has no dropout: g A is dropped over a weight in floats")
-    return _nf4_fit(dy, codes, form)
+    return Fit(_nf4_read_miss(dy, codes, form), _nf4_slower(dy.shape[0], form.cols, False))
 
 
-def _nf4_fit(x: Tensor, codes: Tensor, form: Form) -> Fit:
-    miss = _nf4_miss(x, codes, form)
-    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
-        miss = miss or "x's rows overlap"
-    slower = x.shape[0] > _MOST_NF4_GEMM_ROWS
-    return Fit(miss, f"{x.shape[0]} rows are for a weight in floats" if slower else None)
+def _nf4_read_miss(x: Tensor, codes: Tensor, form: Form) -> str | None:
+    """Why TMA cannot read the operands."""
+    overlap = x.shape[0] > 1 and x.stride(0) < x.shape[1]
+    return _nf4_miss(x, codes, form) or ("x's rows overlap" if overlap else None)
 
 
 def nf4_linear(

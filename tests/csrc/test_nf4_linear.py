@@ -393,6 +393,9 @@ def test_what_the_gemm_does_not_take_is_named():
     assert "overlap" in fit(x=x[:1].expand(4, 256)).miss
     assert "16 bytes" in fit(x=torch.zeros(4, 264, device="cuda", dtype=BF16)[:, 1:257]).miss
     assert "in floats" in fit(x=torch.zeros(1025, 256, device="cuda", dtype=BF16)).slower
+    full = Form(128 * 33, 256, 64, 256, False)  # 2048 rows fill the SMs twice
+    assert fit(x=torch.zeros(2048, 256, device="cuda", dtype=BF16), form=full) == support.Fit()
+    assert "in floats" in fit(x=torch.zeros(2049, 256, device="cuda", dtype=BF16), form=full).slower
     wrong = [
         dict(x=x.float()),
         dict(x=x[:, :128]),
