@@ -55,8 +55,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
   m.def(
       "_nf4_linear_sm80(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
       "nested_code, Tensor? offset, int n, int block_size, int nested_block_size, bool fp4, "
-      "Tensor? a, Tensor? b, Tensor? h, Tensor? bias, Tensor? scaling, float scale) -> (Tensor, "
-      "Tensor)");
+      "Tensor? a, Tensor? b, Tensor? h, Tensor? bias, Tensor? scaling, float scale, int? "
+      "shared_bytes) -> (Tensor, Tensor)");
   m.def(
       "_nf4_linear_sm90(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
       "nested_code, Tensor? offset, int n, int block_size, int nested_block_size, bool fp4, "

@@ -283,7 +283,8 @@ std::tuple<Tensor, Tensor> linear_sm80(const Tensor& x, const Tensor& codes, con
                                        OptionalTensor offset, int64_t n, int64_t block_size,
                                        int64_t nested_block_size, bool fp4, OptionalTensor a,
                                        OptionalTensor b, OptionalTensor h, OptionalTensor bias,
-                                       OptionalTensor scaling, double scale) {
+                                       OptionalTensor scaling, double scale,
+                                       std::optional<int64_t> shared_bytes) {
   constexpr auto kOp = "_nf4_linear_sm80";
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -292,7 +293,10 @@ std::tuple<Tensor, Tensor> linear_sm80(const Tensor& x, const Tensor& codes, con
   check(p.m <= kMostNf4Rows, kOp, ": takes up to ", kMostNf4Rows, " rows, got ", p.m);
   auto result = outputs(p, x);
   take_h(kOp, p, x, a, b, h);
-  nf4_linear_sm80(p, current_stream(device));
+  const int64_t most = shared_bytes.value_or(0);
+  check(most == 0 || (most >= 99 * 1024 && most <= 1 << 20), kOp,
+        ": shared_bytes must be 99 KiB or more, got ", most);
+  nf4_linear_sm80(p, static_cast<int>(most), current_stream(device));
   return result;
 }
 

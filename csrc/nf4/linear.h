@@ -31,7 +31,9 @@ struct Nf4Linear {
 constexpr int kMostNf4Ranks = 16;
 constexpr int kMostNf4Rows = 64;
 
-void nf4_linear_sm80(const Nf4Linear& params, CUstream_st* stream);
+// `shared_bytes`: of a CTA at most, or 0: as much as the device has. Fewer choose what smaller GPUs
+// run.
+void nf4_linear_sm80(const Nf4Linear& params, int shared_bytes, CUstream_st* stream);
 // h alone, of any rows of x. The kernel behind it may be launched as its dependent.
 void nf4_ranks_sm80(const Nf4Linear& params, CUstream_st* stream);
 

@@ -97,9 +97,10 @@ void nf4_ranks_sm80(const Nf4Linear& p, CUstream_st* stream) {
   p.half ? of_type(__half{}) : of_type(__nv_bfloat16{});
 }
 
-void nf4_linear_sm80(const Nf4Linear& p, CUstream_st* stream) {
+void nf4_linear_sm80(const Nf4Linear& p, int shared_bytes, CUstream_st* stream) {
   if (p.rank > 0 && p.a != nullptr) nf4_ranks_sm80(p, stream);
-  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int there = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int most = shared_bytes > 0 ? std::min(shared_bytes, there) : there;
   const auto of_rows = [&](auto zero, auto rows) {
     using T = decltype(zero);
     constexpr int kRows = decltype(rows)::value;

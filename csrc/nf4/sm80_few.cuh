@@ -242,6 +242,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   constexpr int kRows = Tile::kRows, kTiles = Tile::kTiles, kBlocks = Tile::kBlocks;
   constexpr int kStages = Tile::kStages, kThreads = Tile::kThreads;
   constexpr bool kHeldX = kTiles == 1;  // x of the first k is loaded ahead
+  static_assert(kThreads >= 256);       // as many as quantised scales have values
   extern __shared__ __align__(128) char shared[];
   auto* const nested_code = reinterpret_cast<float*>(shared + Tile::kNested);
   auto* const scales = reinterpret_cast<float*>(shared + Tile::kScales);
@@ -277,9 +278,6 @@ __global__ void __launch_bounds__(Tile::kThreads)
   for (int i = 0; i < kStages - 1; ++i) loader.copy(base + ring + i * Tile::kStageBytes);
   fill_table<T, Tile::kShift>(shared, book.value, threadIdx.x, kThreads);
   if (fetches) nested_code[threadIdx.x] = value;
-  if constexpr (kNested) {
-    if (kThreads < 256) nested_code[128 + threadIdx.x] = p.scales.nested_code[128 + threadIdx.x];
-  }
   // B's rows are needed at the end.
   const int64_t b_bytes = int64_t{groups} * kFewGroup * p.rank * (p.b_float ? 4 : 2);
   for (int64_t i = threadIdx.x * 128; i < b_bytes; i += kThreads * 128) {

@@ -97,6 +97,10 @@ __global__ void __launch_bounds__(kRankWarps * 32) ranks_kernel(Nf4Linear p, int
   const float scale = p.scaling == nullptr ? p.scale : p.scale * *p.scaling;
   for (int i = part * kRankWarps * 32 + static_cast<int>(threadIdx.x); i < kEach;
        i += splits * kRankWarps * 32) {
+    const int64_t row = first + i / kMostNf4Ranks;
+    const int r = i % kMostNf4Ranks;
+    if (row >= p.m || r >= p.rank)
+      continue;  // what is read is used: the barrier below relies on it
     float all = 0;
     for (int s = 0; s < splits; ++s) {
 #if __CUDA_ARCH__ >= 900
@@ -111,11 +115,7 @@ __global__ void __launch_bounds__(kRankWarps * 32) ranks_kernel(Nf4Linear p, int
       all += share[i];
 #endif
     }
-    const int64_t row = first + i / kMostNf4Ranks;
-    const int r = i % kMostNf4Ranks;
-    if (row < p.m && r < p.rank) {
-      static_cast<T*>(p.h)[row * p.rank + r] = static_cast<T>(scale * all);
-    }
+    static_cast<T*>(p.h)[row * p.rank + r] = static_cast<T>(scale * all);
   }
 #if __CUDA_ARCH__ >= 900
   sm90::cluster_sync_readers();

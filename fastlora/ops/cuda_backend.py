@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +65,25 @@ def nf4_few_fit(x: Tensor, codes: Tensor, form: Form) -> Fit:
     m = x.shape[0]
     if m > _MOST_NF4_FEW_ROWS:
         return Fit(f"is for up to {_MOST_NF4_FEW_ROWS} rows, got {m}")
+    blocks, most = form.cols // form.block_size, _most_few_blocks(x.device)
+    if blocks > most:
+        return Fit(
+            f"takes up to {most} blocks in a row here, whose scales it makes ahead, got {blocks}"
+        )
     slower = "with more than a few rows csrc/nf4/sm90.cu is faster" if m > _FEW_NF4_ROWS else None
     return Fit(_nf4_miss(x, codes, form), slower)
+
+
+def _most_few_blocks(device: torch.device) -> int:
+    """Blocks in a row whose scales, of 16 features, csrc/nf4/sm80.cu has shared memory for beside all else (FewTile::kScales)."""
+    shared = _properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+    room = shared - (197632 if shared >= 197632 + 32 * 1024 else 82944)
+    return max(0, (room // (16 * 4) - 1) | 1)  # an odd number apart
+
+
+@functools.cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
 
 
 def _nf4_factors_miss(x: Tensor, a: Tensor | None, b: Tensor | None) -> str | None:
@@ -81,15 +100,18 @@ def _nf4_factors_miss(x: Tensor, a: Tensor | None, b: Tensor | None) -> str | No
 
 
 # Above, a weight in floats costs less than decoding it again for every 256 rows (benchmarks/NOTES.md). Forward up to twice as
-# many, where tiles of 256 rows x 128 columns leave few of 132 SMs idle in the last round.
+# many, where tiles of 256 rows x 128 columns leave few SMs idle in the last round.
 _MOST_NF4_GEMM_ROWS = 1024
 
 
-def _nf4_slower(m: int, columns: int, forward: bool) -> str | None:
-    tiles = -(-m // 256) * -(-columns // 128)
-    full = tiles >= 0.9 * 132 * -(-tiles // 132)
-    if m <= _MOST_NF4_GEMM_ROWS or (forward and full and m <= 2 * _MOST_NF4_GEMM_ROWS):
+def _nf4_slower(x: Tensor, columns: int, forward: bool) -> str | None:
+    m = x.shape[0]
+    if m <= _MOST_NF4_GEMM_ROWS:
         return None
+    if forward and m <= 2 * _MOST_NF4_GEMM_ROWS and x.device.type == "cuda":
+        tiles, sms = -(-m // 256) * -(-columns // 128), _properties(x.device).multi_processor_count
+        if tiles >= 0.9 * sms * -(-tiles // sms):
+            return None
     return f"{m} rows are for a weight in floats"
 
 
@@ -99,14 +121,14 @@ def nf4_gemm_fit(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form)
     by_four = blocks % 4 == 0 and form.nested_block_size % 4 == 0
     if not by_four or scales[0].data_ptr() % (4 * scales[0].element_size()):
         return Fit("needs a multiple of four blocks in a row, and of quantised scales in a block")
-    return Fit(_nf4_read_miss(x, codes, form), _nf4_slower(x.shape[0], form.rows, True))
+    return Fit(_nf4_read_miss(x, codes, form), _nf4_slower(x, form.rows, True))
 
 
 def nf4_dx_fit(dy: Tensor, codes: Tensor, form: Form, rng_state: Tensor | None) -> Fit:
     """How the tensors suit it for dX, which takes scales one by one."""
     if rng_state is not None:
         return Fit("has no dropout: g A is dropped over a weight in floats")
-    return Fit(_nf4_read_miss(dy, codes, form), _nf4_slower(dy.shape[0], form.cols, False))
+    return Fit(_nf4_read_miss(dy, codes, form), _nf4_slower(dy, form.cols, False))
 
 
 def _nf4_read_miss(x: Tensor, codes: Tensor, form: Form) -> str | None:
@@ -134,7 +156,7 @@ def nf4_linear(
     rest = a, b, h, _bias_like(bias, x), _float32(scaling), scale
     weight = _nf4_weight(codes, scales, form, form.rows)
     if op == "nf4_few":
-        y, made = torch.ops.fastlora._nf4_linear_sm80(x, *weight, *rest)
+        y, made = torch.ops.fastlora._nf4_linear_sm80(x, *weight, *rest, None)
     else:
         y, made = torch.ops.fastlora._nf4_linear_sm90(x, *weight, *rest, None)
     return y, made

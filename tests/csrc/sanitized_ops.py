@@ -70,7 +70,8 @@ def run_nf4(m: int, n: int, k: int, dtype: torch.dtype) -> None:
             g, room = (torch.randn(m, c, device="cuda").to(dtype) for c in (r, -(-n // 8) * 8))
             dy, back = room[:, :n], (codes, absmax, None, None, None, k, 64, 1, fp4)
             if few:
-                ops._nf4_linear_sm80(x, *plain, a, b, None, bias, None, 0.5)
+                for shared in (None, 99 * 1024):
+                    ops._nf4_linear_sm80(x, *plain, a, b, None, bias, None, 0.5, shared)
             for rows in (16, 64, 256) if gemm else ():
                 ops._nf4_linear_sm90(x, *plain, a, b, None, bias, None, 0.5, [rows, k // 256])
             for rows in (16, 64, 256):
@@ -78,13 +79,13 @@ def run_nf4(m: int, n: int, k: int, dtype: torch.dtype) -> None:
         back = codes, scales, nested, code, offset, k, 64, 256, fp4
         ops._nf4_dx_sm90(dy, *back, None, None, None)
         if few:
-            ops._nf4_linear_sm80(x, *double, None, None, None, None, None, 1.0)
+            ops._nf4_linear_sm80(x, *double, None, None, None, None, None, 1.0, None)
         if gemm:
             ops._nf4_linear_sm90(x, *double, None, None, None, None, None, 1.0, None)
         for r in (0, 5, 40):  # an h that is given
             b, h = (torch.randn(s, r, device="cuda").to(dtype) for s in (n, m))
             if few:
-                ops._nf4_linear_sm80(x, *double, None, b, h, bias, None, 1.0)
+                ops._nf4_linear_sm80(x, *double, None, b, h, bias, None, 1.0, 163 * 1024)
             if gemm:
                 ops._nf4_linear_sm90(x, *double, None, b, h, bias, None, 1.0, None)
 

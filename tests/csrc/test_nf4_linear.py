@@ -59,7 +59,9 @@ KINDS = [
 def run(kind, x, q, a=None, b=None, bias=None, scale=1.0, scaling=None, h=None, config=None):
     weight = nf4_arguments(q, q.form.rows)
     if kind == "few":
-        return torch.ops.fastlora._nf4_linear_sm80(x, *weight, a, b, h, bias, scaling, scale)
+        return torch.ops.fastlora._nf4_linear_sm80(
+            x, *weight, a, b, h, bias, scaling, scale, config
+        )
     op = torch.ops.fastlora._nf4_linear_sm90
     return op(x, *weight, a, b, h, bias, scaling, scale, config)
 
@@ -201,6 +203,57 @@ def test_every_tile_and_every_cut_of_k(rows, splits):
     y, none = run("gemm", x, q, None, b, bias, h=h, config=[rows, splits])
     truth = x.double() @ q.dequantize(FP32).double().t() + h.double() @ b.double().t()
     assert none.numel() == 0 and torch.equal(y, (truth + bias.double()).to(BF16))
+
+
+@has("nf4_few")
+@pytest.mark.parametrize("shared_kib", [99, 163])
+@pytest.mark.parametrize(("m", "n", "k"), [shape for shape in FEW if shape[2] <= 4160])
+def test_what_smaller_gpus_run(m, n, k, shared_kib):
+    """GPUs of 8.0 (163 KiB of shared memory a CTA), 8.6, 8.9 and 12.0 (99 KiB)."""
+    bias, rank = integers(n), 16
+    q, x = exact_weight(n, k), integers(m, k)
+    a, b = integers(rank, k, limit=1), integers(n, rank, limit=2)
+    y, h = run("few", x, q, a, b, bias, config=shared_kib * 1024)
+    h_true = (x.double() @ a.double().t()).to(BF16)
+    y_true = x.double() @ q.dequantize(FP32).double().t() + h_true.double() @ b.double().t()
+    assert torch.equal(h, h_true) and torch.equal(y, (y_true + bias.double()).to(BF16))
+    with pytest.raises((ValueError, RuntimeError), match="99 KiB"):
+        run("few", x, q, config=64 * 1024)
+
+
+@has("nf4_few")
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 28672, 8192), (8, 8192, 28672), (11, 20000, 8192)])
+def test_scales_are_made_again_for_later_passes(m, n, k, double_quant):
+    """A CTA has more features than shared memory has room for, of their sums and of their scales."""
+    q = exact_weight(n, k) if not double_quant else NF4Tensor.quantize(torch.randn(n, k, device="cuda"))  # fmt: skip
+    x = integers(m, k)
+    y, _ = run("few", x, q)
+    truth = torch.cat([x.float() @ w.t() for w in q.dequantize(FP32).split(4096)], 1)
+    if not double_quant:
+        assert torch.equal(y, truth.to(BF16))
+    for part, of in zip(y.split(128, 1), truth.split(128, 1), strict=True):
+        assert (part - of).norm() < 4e-3 * of.norm()
+
+
+@has("nf4_few")
+def test_scales_that_find_no_room_are_left_to_others():
+    """The dispatcher's arithmetic is the kernel's."""
+    most = cuda_backend._most_few_blocks(DEVICE)
+    for blocks in (most, most + 1):
+        q = exact_weight(16, blocks * 64)
+        x = integers(2, blocks * 64)
+        fit = cuda_backend.nf4_few_fit(x, q.codes, q.form)
+        assert (fit == support.Fit()) == (blocks == most)
+        if blocks == most:
+            truth = x.double() @ q.dequantize(FP32).double().t()
+            assert torch.equal(run("few", x, q)[0], truth.to(BF16))
+            continue
+        assert "blocks in a row" in fit.miss
+        with pytest.raises((ValueError, RuntimeError), match="blocks in a row"):
+            run("few", x, q)
+    y = fastlora.qlora_linear(x, q, integers(16, blocks * 64), integers(16, 16))  # somebody does
+    assert y.shape == (2, 16)
 
 
 @has("nf4_gemm")
