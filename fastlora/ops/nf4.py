@@ -104,7 +104,7 @@ class Reader(NamedTuple):
     makes_h: bool
 
 
-# Above, a weight in floats costs less than decoding it again for every 64 rows (benchmarks/NOTES.md).
+# Above, a weight in floats costs as much as decoding it again for every 64 rows, or 128 (benchmarks/NOTES.md).
 _MOST_TRITON_ROWS = {"nf4_gemm": 128, "nf4_dx": 64}
 
 
@@ -307,7 +307,7 @@ def nf4_linear(
 ) -> tuple[Tensor, Tensor]:
     """``lora_forward`` over a 4-bit weight: (y [M, N], h [M, r]); without factors h has shape [0].
 
-    Up to a thousand rows take the codes as they are, where a kernel can; others a weight in floats, made for them.
+    Up to one or two thousand rows take the codes as they are, where a kernel can; others a weight in floats, made for them.
     """
     if is_eager(x):
         return _linear(x, codes, scales, *form, a, b, bias, scaling, scale, rng_state, keep)
