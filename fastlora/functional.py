@@ -82,7 +82,8 @@ def qlora_linear(
     """``lora_linear`` over a frozen 4-bit weight (QLoRA, arXiv 2305.14314).
 
     ``y = x W^T + bias + scaling * dropout(x) lora_a^T lora_b^T``, W = ``qweight.dequantize()`` in the compute dtype, for
-    as long as its product takes: it is never saved, and made again in backward.
+    as long as its product takes: it is never saved, and made again in backward. Where a kernel multiplies by the codes as
+    they lie (``fastlora.explain`` tells) there is no W at all; ``FASTLORA_OFF=nf4_codes`` keeps to the formula bit for bit.
 
     Args:
         x: input [..., K]; float32, bfloat16 or float16. Autocast's dtype, or else x's, is the compute dtype, whatever
