@@ -15,7 +15,7 @@ _EXPORTS = {
     "lora_linear": "functional",
     "qlora_linear": "functional",
     "backend": "ops",
-    "explain": "ops",
+    "explain": "layers",
     "launches": "_counters",
     "reset_launches": "_counters",
     "build_info": "_library",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ._library import build_info
     from .functional import lora_linear, qlora_linear
     from .io import load_adapter, save_adapter
-    from .layers import LoRALinear, QLoRALinear
+    from .layers import LoRALinear, QLoRALinear, explain
     from .methods import LoraConfig
     from .models import (
         PeftModel,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         load_quantized,
         restore,
     )
-    from .ops import backend, explain
+    from .ops import backend
     from .quant import NF4Tensor
 
 __all__ = [

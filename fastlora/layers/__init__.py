@@ -1,9 +1,10 @@
 """Modules that carry adapters; they need torch alone. ``get_peft_model`` puts them into a model."""
 
 from .base import LoRALayer
+from .explanation import explain
 from .linear import LoRALinear
 from .qlora import QLoRALinear
 from .saved import TrainableCopy
 from .wrapper import LoRAWrapper
 
-__all__ = ["LoRALayer", "LoRALinear", "LoRAWrapper", "QLoRALinear", "TrainableCopy"]
+__all__ = ["LoRALayer", "LoRALinear", "LoRAWrapper", "QLoRALinear", "TrainableCopy", "explain"]

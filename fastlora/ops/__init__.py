@@ -1,6 +1,5 @@
 """Raw ops and the choice of who runs them. ``fastlora.autograd`` is the only caller besides tests."""
 
-from .explanation import explain
 from .linear import lora_backward, lora_forward
 from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
 from .raw import down, gemm, mask, wgrad
@@ -11,7 +10,6 @@ __all__ = [
     "backend",
     "dequantize",
     "down",
-    "explain",
     "gemm",
     "lora_backward",
     "lora_forward",

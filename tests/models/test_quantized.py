@@ -479,3 +479,17 @@ def test_a_small_run_follows_peft_over_bitsandbytes(device):
     for name, losses in (("accelerated", fast), ("own", ours)):
         assert (losses - theirs).abs().max() < 0.05 * theirs[0], name
         assert (losses - theirs).mean().abs() < 0.02 * theirs[0], name
+
+
+def test_explain_reads_a_linear4bit(device):
+    """Its shape is the weight's, not that of the bytes it is packed in; it computes in the dtype that it was told."""
+    model = fastlora.accelerate(prepared(device))
+    layer = next(m for n, m in model.named_modules() if n.endswith("q_proj"))
+    state = layer.base_layer.weight.quant_state
+    n, k = state.shape
+    lines = fastlora.explain(layer, torch.randn(5, k, device=device)).splitlines()
+    assert any(f"M=5 K={k} N={n} r=" in line and "torch.bfloat16" in line for line in lines)
+    assert any(name in line for line in lines for name in ("dequantize", "nf4_"))
+    state.quant_type = "int3"
+    with pytest.raises(TypeError, match="4-bit weight is of type 'int3'"):
+        fastlora.explain(layer, torch.randn(5, k, device=device))

@@ -11,7 +11,7 @@ from fastlora import NF4Tensor, QLoRALinear, ops, reference, rng
 from fastlora.ops import cuda_backend, support, torch_backend
 
 nf4 = importlib.import_module("fastlora.ops.nf4")
-explanation = importlib.import_module("fastlora.ops.explanation")
+explanation = importlib.import_module("fastlora.layers.explanation")
 M, N, K, R = 24, 40, 128, 8
 BF16, F32 = torch.bfloat16, torch.float32
 

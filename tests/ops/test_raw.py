@@ -272,7 +272,7 @@ class TestChoice:
 
 def test_explain_knows_what_is_one_launch(monkeypatch):
     """As on a Hopper GPU, for few rows: y whole, dX with g, and the gradients of A and B by themselves."""
-    explanation = importlib.import_module("fastlora.ops.explanation")
+    explanation = importlib.import_module("fastlora.layers.explanation")
     monkeypatch.setattr(
         explanation, "_why_not_whole", lambda like, rank, fit: fit().miss or fit().slower or ""
     )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
+from ..ops import cuda_backend, support
+from ..ops.nf4 import dx_reads_codes, reads_codes
+from ..quant.bitsandbytes import obstacle, pack
 from ..rng import mask_shape
-from . import cuda_backend, support
-from .nf4 import dx_reads_codes, reads_codes
 
 
 def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
@@ -24,6 +25,10 @@ def _tensors(layer: Any) -> tuple[Any, Tensor | None, Tensor | None, bool]:
     """Weight [N, K] (4-bit ones have a form), the active adapter's A and B, and whether it drops, of a fastlora layer or a PEFT ``lora.Linear``."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight = getattr(base, "weight", None)
+    if hasattr(weight, "quant_state"):  # bitsandbytes' 4-bit weight, as accelerate takes it
+        if reason := obstacle(weight, read_code=False):
+            raise TypeError(f"layer: its 4-bit weight {reason}")
+        weight = pack(weight)
     quantized = hasattr(weight, "form")
     if not quantized and (not isinstance(weight, Tensor) or weight.ndim != 2):
         raise TypeError(
@@ -58,21 +63,22 @@ def explain(layer: Any, x: Tensor) -> str:
     """What a forward and backward of ``layer`` on ``x`` would run, op by op, with the reason for each choice.
 
     Args:
-        layer: a LoRALinear, a QLoRALinear, a PEFT ``lora.Linear``, or any module with a 2-d weight.
+        layer: a LoRALinear, a QLoRALinear, a PEFT ``lora.Linear`` or ``Linear4bit``, or any module with a 2-d weight.
         x: an input [..., K] of the layer; its values do not matter.
 
     Returns:
         Lines of text, one per op.
 
     Raises:
-        TypeError: ``layer`` has no 2-d weight.
+        TypeError: ``layer`` has no 2-d weight, or a 4-bit one that cannot be read as it lies.
     """
     weight, lora_a, lora_b, drops = _tensors(layer)
     n, k = weight.shape
     rank = 0 if lora_a is None else lora_a.shape[0]
     rows = x.numel() // k if k else 0
-    x = x.to(autocast_dtype(x.device) or x.dtype)
     quantized = hasattr(weight, "form")
+    told = getattr(getattr(layer, "base_layer", layer), "compute_dtype", None)  # bitsandbytes was
+    x = x.to((quantized and told) or autocast_dtype(x.device) or x.dtype)
     held, weight = weight, x.new_empty(n, k) if quantized else weight.to(x.dtype)
     wish = support.preference()
     preference = f", prefers {wish.name}{' (strict)' if wish.strict else ''}" if wish.name else ""
