@@ -58,11 +58,8 @@ struct FewShare {
 // Tells the compiler to keep a value in a register, which it would rather make again in every step.
 template <class Value>
 __device__ __forceinline__ Value kept(Value value) {
-  if constexpr (sizeof(Value) == 8) {
-    asm volatile("" : "+l"(value));
-  } else {
-    asm volatile("" : "+r"(value));
-  }
+  static_assert(sizeof(Value) == 4);
+  asm volatile("" : "+r"(value));
   return value;
 }
 
@@ -103,7 +100,8 @@ struct FewLoader {
     rows = static_cast<int>(p.n) - feature;
     codes = p.codes + (feature + row) * (p.k / 2) + block * 32 + chunk * 16;
   }
-  // What is past the weight's features stays as it is: it meets no other feature.
+  // What is past the weight's features stays as it is: it meets no other feature. (Codes are read
+  // once where x is one tile of rows, as on Hopper.)
   __device__ __forceinline__ void copy(uint32_t to) {
     if (done < share.groups) {
 #pragma unroll

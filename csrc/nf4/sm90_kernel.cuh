@@ -1,6 +1,6 @@
 // y = x W^T + bias + h B^T, and backward dX = dY W + g A, on Hopper, W [n, k] in 4 bits, read as it
-// lies and decoded on the way to the tensor cores: for up to a thousand rows of x, where a weight
-// in floats would cost more than the product.
+// lies and decoded on the way to the tensor cores: for up to a thousand rows of x or two, where a
+// weight in floats would cost more than decoding it for every 256 of them.
 //
 // Tile: 128 features (rows of W) by up to 256 rows of x, y transposed: decoded elements are the
 // operand that wgmma takes from registers, x the one in shared memory. 64 of k a step. Backward the
