@@ -42,8 +42,9 @@ void launch(const Nf4Linear& p, int most_shared, CUstream_st* stream) {
   const int64_t group_scales =
       kFewGroup * 4 * few_scale_pitch(static_cast<int>(p.k >> p.block_shift));
   const int64_t room = (most_shared - Tile::kScales) / group_scales;
-  check(room >= 1, "nf4_sm80: takes up to ", (most_shared - Tile::kScales) / (kFewGroup * 4) - 1,
-        " blocks in a row here, got ", p.k >> p.block_shift);
+  check(room >= 1, "nf4_sm80: takes up to ",
+        ((most_shared - Tile::kScales) / (kFewGroup * 4) - 1) | 1, " blocks in a row here, got ",
+        p.k >> p.block_shift);
   const int64_t pass_groups = std::min(ceil_div(groups, passes), room);
   const int64_t held = std::min(groups, room / pass_groups * pass_groups);
   const auto bytes = static_cast<int>(Tile::kScales + held * group_scales);
