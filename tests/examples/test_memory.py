@@ -151,7 +151,7 @@ def test_a_cap_holds(memory: ModuleType, tmp_path: Path) -> None:
         "spec.loader.exec_module(memory)\n"
         "shape = dataclasses.replace(memory.LLAMA_7B, layers=2)\n"
         "for card, told in ((1.0, 'OutOfMemoryError'), (2.6, 'None')):\n"
-        "    result = memory.run(memory.Case('two layers', shape, False, card), torch.device('cuda'))\n"
+        "    result = memory.run(memory.Case('two layers', shape, False, card), torch.device('cuda', 0))\n"
         "    print(result)\n"
         "    assert str(result.error).startswith(told)\n"
         "    assert 0 < result.peak_allocated <= result.peak_reserved\n"

@@ -110,6 +110,11 @@ def main() -> None:
                 weight = codes, scales if nested else scales[1:2], Form(n, k, 64, nested, False)
                 nf4_linear.forward(x[:rows], *weight, h[:rows], b, None)
                 nf4_linear.dx(x[:rows], *weight, h[:rows], a)
+            # rows of 2 times an odd number: a scale is shared by 2 neighbours, in tiles that wgmma multiplies
+            weight = codes, scales[1:2], Form(n, 4098, 64, 0, False)
+            odd = empty(128, 4098, dtype=dtype)
+            nf4_linear.forward(odd, *weight, h[:128], b, None)
+            nf4_linear.dx(x[:128], *weight, h[:128], empty(r, 4098, dtype=factors))
         else:
             wgrad(x, h, x, h, words, factors, factors, None)
             wgrad(x, h, x, h, None, factors, factors, factors)

@@ -220,7 +220,13 @@ def test_launches_are_counted():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 4096, 14336), (16, 1000, 4160), (64, 4104, 1088), (300, 515, 768)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (1, 4096, 14336), (16, 1000, 4160), (64, 4104, 1088), (300, 515, 768),
+        (64, 130, 1090), (200, 514, 1100),  # scales shared by 2 and by 4 neighbours, where wgmma multiplies
+    ],
+)  # fmt: skip
 def test_the_tiles_of_a_gpu(m, n, k, dtype):
     """Exact, and one hundred runs without one differing bit."""
     q, x, dy = exact_weight(n, k, 64), small(m, k, dtype=dtype), small(m, n, dtype=dtype)
