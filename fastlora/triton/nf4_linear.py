@@ -69,7 +69,9 @@ def _decode(
     code = tl.join(packed >> 4, packed & 15).to(tl.int32)
     value = tl.gather(table, tl.reshape(code, (ROWS * COLS,)), 0)
     w = tl.reshape(value, (ROWS, GROUPS, GROUP)) * scale[:, :, None]
-    if GROUP == 2:  # Triton 3.6 cannot put [ROWS, GROUPS, 2] where wgmma reads it: a cast keeps the reshape from there
+    if (
+        GROUP == 2
+    ):  # Triton 3.6 cannot put [ROWS, GROUPS, 2] where wgmma reads it: a cast keeps the reshape from there
         return tl.reshape(w, (ROWS, COLS)).to(DTYPE)
     return tl.reshape(w.to(DTYPE), (ROWS, COLS))
 
