@@ -23,6 +23,7 @@ _EXPORTS = {
     "LoRALinear": "layers",
     "QLoRALinear": "layers",
     "LoraConfig": "methods",
+    "PeftConfig": "methods",
     "PeftModel": "models",
     "get_peft_model": "models",
     "accelerate": "models",
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .functional import lora_linear, qlora_linear
     from .io import load_adapter, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
-    from .methods import LoraConfig
+    from .methods import LoraConfig, PeftConfig
     from .models import (
         PeftModel,
         accelerate,
@@ -55,6 +56,7 @@ __all__ = [
     "LoRALinear",
     "LoraConfig",
     "NF4Tensor",
+    "PeftConfig",
     "PeftModel",
     "QLoRALinear",
     "__version__",

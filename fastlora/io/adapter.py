@@ -15,18 +15,19 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..layers import LoRALayer, LoRALinear, QLoRALinear, TrainableCopy
-from ..layers.base import check_adapter_name
+from ..layers import AdapterLayer, LoRALinear, QLoRALinear
+from ..layers.adapter import AdapterTensor, check_adapter_name
 from ..layers.plain import FLOATS
-from ..methods import LoraConfig
-from ..methods.lora import CONFIG_NAME
+from ..methods import PeftConfig
+from ..methods.base import CONFIG_NAME
+from ..models.entry import plan
 from ..models.inject import Injection, set_trainable, trained_biases
 from ..models.peft_model import PeftModel
 
@@ -110,13 +111,13 @@ def load_adapter(
     """Read an adapter that fastlora or stock peft wrote.
 
     Args:
-        model: a ``fastlora.PeftModel`` that has ``adapter_name`` already (its values are replaced),
-            or a base model (adapters are put in as the file says, frozen and in eval mode unless
-            ``is_trainable``).
+        model: a ``fastlora.PeftModel`` (if it has ``adapter_name`` already its values are replaced, otherwise it gets
+            another adapter, which waits for ``set_adapter``), or a base model (adapters are put in as the file says,
+            frozen and in eval mode unless ``is_trainable``).
         path: the folder with the two files, or the one above it where the adapter has a sub-folder
             of its name.
         adapter_name: the adapter to fill.
-        is_trainable: whether it trains afterwards; None: as before.
+        is_trainable: whether it trains afterwards, if it is active; None: as before.
 
     Returns:
         ``model``, or the PeftModel around it.
@@ -131,56 +132,52 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
     folder = _find_folder(Path(path), check_adapter_name(adapter_name))
-    config = LoraConfig.from_pretrained(folder)
-    if isinstance(model, PeftModel):
-        model.check_unmerged("load_adapter")
-        _check_same_method(model, adapter_name, config, folder)
-        _fill(model, adapter_name, _read(folder / WEIGHTS_NAME))
-        if is_trainable is not None:
-            own = model.peft_config[adapter_name]
-            set_trainable(model.get_base_model(), own, adapter_name, is_trainable)
-        return model
-
+    config = PeftConfig.from_pretrained(folder)
     tensors = _read(folder / WEIGHTS_NAME)
-    config.inference_mode = not is_trainable
-    injection = Injection(model, config, adapter_name)
+    if not isinstance(model, PeftModel):
+        config.inference_mode = not is_trainable
+        wrapped = _put_in(plan(model, config, adapter_name), tensors)
+        return wrapped if is_trainable else wrapped.eval()
+
+    model.check_change("load_adapter")
+    if adapter_name in model.peft_config:
+        _check_same_method(model, adapter_name, config, folder)
+        _fill(model, adapter_name, tensors)
+    else:
+        config.inference_mode = True
+        model.add_loaded(adapter_name, config, lambda: _fill(model, adapter_name, tensors))
+    if is_trainable is not None and adapter_name in model.active_adapters:
+        own = model.peft_config[adapter_name]
+        set_trainable(model.get_base_model(), own, model.active_adapters, is_trainable)
+    return model
+
+
+def _put_in(injection: Injection[Any], tensors: dict[str, Tensor]) -> PeftModel:
+    """The PeftModel around a base model, with the values of a file; the base as it was if they do not fit."""
     injection.apply()
     try:
         wrapped = injection.wrap()
-        _fill(wrapped, adapter_name, tensors)
+        _fill(wrapped, injection.adapter_name, tensors)
     except BaseException:
         injection.undo()
         raise
-    return wrapped if is_trainable else wrapped.eval()
+    return wrapped
 
 
 # Keys.
 
 
-class _Entry(NamedTuple):
-    """A tensor of an adapter: its key in ``model.state_dict()`` and the tensor itself. The model's
-    whole state_dict is never asked for: bitsandbytes repacks a base's 4-bit weights when it is."""
-
-    key: str
-    tensor: Tensor
-
-
-def _entries(model: PeftModel, adapter_name: str) -> dict[str, _Entry]:
+def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
     """Key in the file -> entry, for everything that belongs to one adapter."""
     base, entries, adapted = model.get_base_model(), {}, set()
     for name, module in base.named_modules():
+        if not isinstance(module, AdapterLayer):
+            continue
         at = f"{_PREFIX}{name}." if name else _PREFIX
-        if isinstance(module, LoRALayer):
-            if isinstance(module, (LoRALinear, QLoRALinear)) and module.r:
-                adapted.add(f"{name}.bias")
-            if adapter_name in module.r:
-                for part, factors in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
-                    entries[f"{at}{part}.weight"] = _Entry(
-                        f"{at}{part}.{adapter_name}", factors[adapter_name]
-                    )
-        elif isinstance(module, TrainableCopy) and adapter_name in module.modules_to_save:
-            for key, tensor in module.modules_to_save[adapter_name].state_dict().items():
-                entries[f"{at}{key}"] = _Entry(f"{at}modules_to_save.{adapter_name}.{key}", tensor)
+        if isinstance(module, (LoRALinear, QLoRALinear)) and module.adapters:
+            adapted.add(f"{name}.bias")
+        for key, (inside, tensor) in module.adapter_tensors(adapter_name).items():
+            entries[f"{at}{key}"] = AdapterTensor(f"{at}{inside}", tensor)
     if not entries:  # trained biases outlast an unloading, and are no adapter
         raise ValueError(
             f"model: has nothing of adapter {adapter_name!r} left, for its adapters were merged and unloaded; save before "
@@ -188,11 +185,11 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, _Entry]:
         )
     for name, bias in trained_biases(base, model.peft_config[adapter_name]).items():
         in_file = f"{name.removesuffix('bias')}base_layer.bias" if name in adapted else name
-        entries[f"{_PREFIX}{in_file}"] = _Entry(f"{_PREFIX}{name}", bias)
+        entries[f"{_PREFIX}{in_file}"] = AdapterTensor(f"{_PREFIX}{name}", bias)
     return entries
 
 
-def _embedding_entries(model: PeftModel) -> dict[str, _Entry]:
+def _embedding_entries(model: PeftModel) -> dict[str, AdapterTensor]:
     """Base weights that PEFT adds to the file of a transformers model: embeddings that were
     resized, or an adapted output layer's. They are read if they are there; ``save_adapter`` does
     not write them."""
@@ -204,29 +201,24 @@ def _embedding_entries(model: PeftModel) -> dict[str, _Entry]:
             inner = "base_layer." if isinstance(module, LoRALinear) else ""
             for key, tensor in module._parameters.items():  # a TrainableCopy has none of its own
                 if tensor is not None:
-                    entries[f"{_PREFIX}{name}.{inner}{key}"] = _Entry(
+                    entries[f"{_PREFIX}{name}.{inner}{key}"] = AdapterTensor(
                         f"{_PREFIX}{name}.{key}", tensor
                     )
     return entries
 
 
 def _check_same_method(
-    model: PeftModel, adapter_name: str, config: LoraConfig, folder: Path
+    model: PeftModel, adapter_name: str, config: PeftConfig, folder: Path
 ) -> None:
     """The values only mean the same with the same scaling; shapes say the rest."""
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"adapter_name: got {adapter_name!r}; this model has {sorted(model.peft_config)}. Load "
-            "into one of them, or into the base model"
-        )
     own = model.peft_config[adapter_name]
-    for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
-        ours, theirs = getattr(own, field), getattr(config, field)
+    for field in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern"):
+        ours, theirs = getattr(own, field, None), getattr(config, field, None)
         if ours != theirs:
             raise ValueError(
                 f"{folder / CONFIG_NAME}: has {field}={theirs!r} where the model's adapter "
                 f"{adapter_name!r} has {ours!r}; build the model with "
-                "fastlora.LoraConfig.from_pretrained(path)"
+                "fastlora.PeftConfig.from_pretrained(path)"
             )
 
 
@@ -304,7 +296,7 @@ def _is_shadow(key: str, adapter_name: str) -> bool:
 
 
 def _check_keys(
-    keys: Mapping[str, _Entry], tensors: Mapping[str, Tensor], model: PeftModel
+    keys: Mapping[str, AdapterTensor], tensors: Mapping[str, Tensor], model: PeftModel
 ) -> None:
     missing, unexpected = sorted(set(keys) - set(tensors)), sorted(set(tensors) - set(keys))
     parts = [

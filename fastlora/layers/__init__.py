@@ -1,5 +1,6 @@
 """Modules that carry adapters; they need torch alone. ``get_peft_model`` puts them into a model."""
 
+from .adapter import AdapterLayer
 from .base import LoRALayer
 from .explanation import explain
 from .linear import LoRALinear
@@ -7,4 +8,12 @@ from .qlora import QLoRALinear
 from .saved import TrainableCopy
 from .wrapper import LoRAWrapper
 
-__all__ = ["LoRALayer", "LoRALinear", "LoRAWrapper", "QLoRALinear", "TrainableCopy", "explain"]
+__all__ = [
+    "AdapterLayer",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAWrapper",
+    "QLoRALinear",
+    "TrainableCopy",
+    "explain",
+]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +11,8 @@ from torch import Tensor, nn
 
 from ..ops.support import MAX_RANK
 from ..quant import NF4Tensor
+from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
 from .inits import check_init, initial_factors
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
-
-
-def check_adapter_name(name: str) -> str:
-    """``name`` if it can be both a parameter name and a folder name; ValueError otherwise."""
-    valid = (
-        isinstance(name, str)
-        and _NAME.fullmatch(name)
-        and name not in ("weight", "bias", "base_layer")
-    )
-    if not valid or hasattr(nn.ParameterDict, name):
-        raise ValueError(
-            f"adapter_name: got {name!r}; accepted are letters, digits, '_' and '-' (it becomes "
-            "part of parameter and folder names), but for 'weight', 'bias', 'base_layer' and the "
-            "methods of torch.nn.ParameterDict"
-        )
-    return name
 
 
 def adapter_dtype_for(dtype: torch.dtype | None) -> torch.dtype:
@@ -51,7 +32,7 @@ class Merged(NamedTuple):
     update: float
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(AdapterLayer):
     """A linear map [..., K] -> [..., N] with any number of named adapters, some of them active.
 
     Parameters: ``lora_A[name]`` [r, K] and ``lora_B[name]`` [N, r]. The dicts ``r``,
@@ -59,6 +40,17 @@ class LoRALayer(nn.Module):
     value per adapter; ``scaling`` is read at every forward. With several active adapters their
     updates are added, as in PEFT.
     """
+
+    by_adapter: ClassVar[tuple[str, ...]] = (
+        "r",
+        "lora_A",
+        "lora_B",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "use_rslora",
+        "init_lora_weights",
+    )
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -72,9 +64,7 @@ class LoRALayer(nn.Module):
         self.lora_dropout: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.init_lora_weights: dict[str, bool | str] = {}
-        self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
-        self.adapters_enabled = True
 
     # What a subclass says about its base.
 
@@ -117,7 +107,7 @@ class LoRALayer(nn.Module):
         Raises:
             ValueError: any of these is out of range, the name is taken, or adapters are merged.
         """
-        self.check_unmerged("add_adapter")
+        self.check_change("add_adapter")
         if check_adapter_name(name) in self.r:
             raise ValueError(f"name: adapter {name!r} exists already; choose another name")
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK:
@@ -166,9 +156,9 @@ class LoRALayer(nn.Module):
 
         PiSSA and OLoRA split the base weight: its original values must be in place, not a residual.
         """
-        self.check_unmerged("reset_adapters")
+        self.check_change("reset_adapters")
         for name, r in self.r.items():
-            scaling = self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+            scaling = self._own_scaling(name)
             a, b, residual = self._factors(self.init_lora_weights[name], r, scaling)
             if residual is not None:
                 self._replace_base_weight(residual)
@@ -177,19 +167,33 @@ class LoRALayer(nn.Module):
                 self.lora_B[name].copy_(b)
             self.scaling[name] = scaling
 
-    def set_adapter(self, names: str | Iterable[str], trainable: bool = True) -> None:
-        """Make exactly ``names`` active; they alone require grad (none does if not ``trainable``).
-        Names that this layer does not have are skipped: an adapter need not be on every layer."""
-        self.check_unmerged("set_adapter")
-        self.active_adapters = [names] if isinstance(names, str) else list(names)
-        for name in self.r:
-            wanted = trainable and name in self.active_adapters
-            self.lora_A[name].requires_grad_(wanted)
-            self.lora_B[name].requires_grad_(wanted)
+    def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
+        if name not in self.r:
+            return {}
+        return {
+            f"{part}.weight": AdapterTensor(f"{part}.{name}", getattr(self, part)[name])
+            for part in ("lora_A", "lora_B")
+        }
 
-    def enable_adapters(self, enabled: bool = True) -> None:
-        """Switch all adapters on or off; off, the layer is its base."""
-        self.adapters_enabled = enabled
+    def set_scale(self, name: str, scale: float) -> None:
+        """Let an adapter act ``scale`` times as strongly as its ``lora_alpha`` says. A scaling that is a tensor is
+        written in place, so that a captured graph sees it.
+
+        Raises:
+            ValueError: ``scale`` is not finite, or adapters are merged.
+        """
+        self.check_change("set_scale")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: got {scale!r}; accepted are finite numbers")
+        value, now = scale * self._own_scaling(name), self.scaling[name]
+        if isinstance(now, Tensor):
+            now.fill_(value)
+        else:
+            self.scaling[name] = value
+
+    def _own_scaling(self, name: str) -> float:
+        r = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
 
     def merged_weight(self, dequantize: bool | torch.dtype = False) -> Merged:
         """The base weight with the acting adapters in it; nothing is changed.
@@ -202,7 +206,7 @@ class LoRALayer(nn.Module):
             "Save the adapter and merge it with stock peft"
         )
 
-    def check_unmerged(self, what: str) -> None:
+    def check_change(self, what: str) -> None:
         """ValueError if adapters are merged."""
         if self.merged_adapters:
             raise ValueError(

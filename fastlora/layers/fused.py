@@ -63,7 +63,7 @@ class FusedLayer(LoRALayer):
         Raises:
             ValueError: merged already, no adapter acts, or as ``merged_weight``.
         """
-        self.check_unmerged("merge")
+        self.check_change("merge")
         if not self.acting_adapters():
             raise ValueError("merge: no adapter acts here; set_adapter or enable_adapters first")
         made = self.merged_weight()

@@ -138,7 +138,7 @@ class LoRALinear(FusedLayer):
         Raises:
             ValueError: adapters are merged into the weight.
         """
-        self.check_unmerged("reset_parameters")
+        self.check_change("reset_parameters")
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # it reads weight and bias alone
         self.reset_adapters()
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from .base import check_adapter_name
+from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
 
 
-class TrainableCopy(nn.Module):
+class TrainableCopy(AdapterLayer):
     """A module and a trained copy of it per adapter; the active adapter's acts, or the original.
 
     The frozen original stays as ``original_module``, so that disabling the adapter gives the base
@@ -23,40 +22,47 @@ class TrainableCopy(nn.Module):
         adapter_name: the adapter that the copy belongs to.
     """
 
+    by_adapter: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+
     def __init__(self, module: nn.Module, adapter_name: str = "default") -> None:
         super().__init__()
         self.original_module = module
-        self.modules_to_save = nn.ModuleDict(
-            {check_adapter_name(adapter_name): copy.deepcopy(module)}
-        )
-        self.active_adapters: list[str] = [adapter_name]
-        self.adapters_enabled = True
+        self.modules_to_save = nn.ModuleDict()
+        self.add_adapter(adapter_name)
+        self.active_adapters = [adapter_name]
         self.training = module.training
 
-    def set_adapter(self, names: str | Iterable[str], trainable: bool = True) -> None:
-        """Make ``names`` active; at most one of them can be an adapter with a copy here."""
-        wanted = [names] if isinstance(names, str) else list(names)
-        present = [name for name in wanted if name in self.modules_to_save]
+    def add_adapter(self, name: str) -> None:
+        """Another copy of the original, for another adapter.
+
+        Raises:
+            ValueError: the name is taken, or none.
+        """
+        if check_adapter_name(name) in self.modules_to_save:
+            raise ValueError(f"name: adapter {name!r} exists already; choose another name")
+        self.modules_to_save[name] = copy.deepcopy(self.original_module)
+
+    def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
+        if name not in self.modules_to_save:
+            return {}
+        return {
+            key: AdapterTensor(f"modules_to_save.{name}.{key}", tensor)
+            for key, tensor in self.modules_to_save[name].state_dict().items()
+        }
+
+    def check_active(self, names: list[str]) -> None:
+        """ValueError if more than one of ``names`` has a copy here."""
+        present = [name for name in names if name in self.modules_to_save]
         if len(present) > 1:
             raise ValueError(
                 f"names: got {present}, which all trained their own copy of this "
                 f"{type(self.original_module).__name__}; accepted is one of them at a time"
             )
-        self.active_adapters = wanted
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(trainable and name in wanted)
-
-    def enable_adapters(self, enabled: bool = True) -> None:
-        """Switch the copies on or off."""
-        self.adapters_enabled = enabled
 
     def acting(self) -> nn.Module:
         """The module that computes now."""
-        if self.adapters_enabled:
-            for name in self.active_adapters:
-                if name in self.modules_to_save:
-                    return self.modules_to_save[name]
-        return self.original_module
+        names = self.acting_adapters()
+        return self.modules_to_save[names[0]] if names else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.acting()(*args, **kwargs)

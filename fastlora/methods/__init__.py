@@ -1,5 +1,6 @@
 """Configurations, with PEFT's field names, and the rules by which they choose modules."""
 
+from .base import PeftConfig
 from .lora import LoraConfig
 
-__all__ = ["LoraConfig"]
+__all__ = ["LoraConfig", "PeftConfig"]

@@ -1,42 +1,24 @@
-"""``LoraConfig``: PEFT's fields, checked when constructed, and its ``adapter_config.json``."""
+"""``LoraConfig``: PEFT's fields, checked when constructed."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..layers.inits import changes_base_weight, check_init
-from ..ops.support import MAX_RANK
-
-CONFIG_NAME = "adapter_config.json"
-TASK_TYPES = (
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "CAUSAL_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
+from .base import PeftConfig, TargetedConfig
+from .checks import (
+    check_choice,
+    check_finite,
+    check_flag,
+    check_probability,
+    check_rank,
+    check_regex,
+    module_names,
 )
-_MAX_CONFIG_BYTES = 16 << 20
 
-# Fields of peft 0.21 that say nothing about the adapter itself, whatever their value.
-_IGNORED = (
-    "auto_mapping",
-    "peft_version",
-    "runtime_config",
-    "megatron_core",
-    "loftq_config",
-    "qalora_group_size",
-)
-# Fields of peft 0.21 that change the method: fastlora has none of them yet, so anything but the
-# default is refused.
+# Fields of peft 0.21 that fastlora has not: anything but the default is refused.
 _UNSUPPORTED: dict[str, Any] = {
     "use_dora": False,
     "lora_bias": False,
@@ -59,7 +41,7 @@ _UNSUPPORTED: dict[str, Any] = {
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(TargetedConfig):
     """What to adapt and how. Field names, defaults and meaning are those of ``peft.LoraConfig``.
 
     Args:
@@ -97,27 +79,27 @@ class LoraConfig:
     """
 
     peft_type: ClassVar[str] = "LORA"
-    is_prompt_learning: ClassVar[bool] = False
-    is_adaption_prompt: ClassVar[bool] = False
+    ignored: ClassVar[tuple[str, ...]] = (
+        *PeftConfig.ignored,
+        "runtime_config",
+        "megatron_core",
+        "loftq_config",
+        "qalora_group_size",
+    )
+    unsupported: ClassVar[Mapping[str, Any]] = _UNSUPPORTED
+    unsaved: ClassVar[tuple[str, ...]] = ("quantize",)
 
     r: int = 8
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    inference_mode: bool = False
     quantize: str | None = None
     use_dora: bool = False
     lora_bias: bool = False
@@ -138,67 +120,24 @@ class LoraConfig:
     use_bdlora: Any = None
 
     def __post_init__(self) -> None:
-        self._refuse_unsupported()
-        self._check_numbers()
-        self._check_choices()
-        self._check_modules()
-        self._check_patterns()
-
-    def _refuse_unsupported(self) -> None:
-        for name, default in _UNSUPPORTED.items():
-            value = getattr(self, name)
-            if value != default and value not in ([], {}):
-                raise NotImplementedError(
-                    f"{name}: got {value!r}; fastlora's own layers do not have it, accepted is "
-                    f"{default!r}. Use peft.LoraConfig({name}=...) with peft.get_peft_model, and "
-                    "fastlora.accelerate(model) on the result"
-                )
-
-    def _check_numbers(self) -> None:
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
-        p = self.lora_dropout
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
-            raise ValueError(f"lora_dropout: got {p!r}; accepted are probabilities in [0, 1)")
-        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}; accepted are True and False")
-
-    def _check_choices(self) -> None:
+        super().__post_init__()
+        check_rank("r", self.r)
+        check_finite("lora_alpha", self.lora_alpha)
+        check_probability("lora_dropout", self.lora_dropout)
+        check_flag("fan_in_fan_out", self.fan_in_fan_out)
+        check_flag("use_rslora", self.use_rslora)
+        check_choice("bias", self.bias, ("none", "all", "lora_only"))
         self.init_lora_weights = check_init(self.init_lora_weights)
-        if self.quantize not in (None, "nf4"):
-            raise ValueError(f"quantize: got {self.quantize!r}; accepted are None and 'nf4'")
+        check_choice("quantize", self.quantize, (None, "nf4"))
         if self.quantize and changes_base_weight(self.init_lora_weights):
             raise ValueError(
                 f"init_lora_weights: {self.init_lora_weights!r} takes its factors out of the base weight, which cannot be "
                 "put back into 4 bits; use True with quantize"
             )
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias: got {self.bias!r}; accepted are 'none', 'all' and 'lora_only'")
-        if self.task_type is not None:
-            self.task_type = getattr(
-                self.task_type, "value", self.task_type
-            )  # peft.TaskType is an enum of these
-            if self.task_type not in TASK_TYPES:
-                raise ValueError(
-                    f"task_type: got {self.task_type!r}; accepted are None, {', '.join(TASK_TYPES)}"
-                )
-        for name in ("base_model_name_or_path", "revision"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"{name}: got {value!r}; accepted is a string or None")
+        self._check_layers()
+        self._check_patterns()
 
-    def _check_modules(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                _check_regex(name, value)
-            elif value is not None:
-                setattr(self, name, _names(name, value))
-        if self.modules_to_save is not None:
-            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
-            for value in self.modules_to_save:
-                _check_regex("modules_to_save", value)
+    def _check_layers(self) -> None:
         if self.layers_to_transform is not None:
             indices = self.layers_to_transform
             indices = [indices] if isinstance(indices, int) else list(indices)
@@ -224,8 +163,8 @@ class LoraConfig:
                 if isinstance(self.layers_pattern, str)
                 else self.layers_pattern
             )
-            for pattern in _names("layers_pattern", patterns):
-                _check_regex("layers_pattern", pattern)
+            for pattern in module_names("layers_pattern", patterns):
+                check_regex("layers_pattern", pattern)
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -237,121 +176,9 @@ class LoraConfig:
                     f"{name}: got {type(value).__name__}; accepted is a dict of pattern -> number"
                 )
             for key, number in (value or {}).items():
-                _check_regex(name, key)
-                (_check_rank if name == "rank_pattern" else _check_alpha)(
-                    f"{name}[{key!r}]", number
-                )
-
-    # Files.
+                check_regex(name, key)
+                (check_rank if name == "rank_pattern" else check_finite)(f"{name}[{key!r}]", number)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as PEFT stores them. Those that fastlora does not have are left out, but for
-        the two that serving engines look for (``use_dora``, ``lora_bias``): readers of other
-        versions warn about fields they do not know."""
-        left_out = {"quantize", *_UNSUPPORTED} - {"use_dora", "lora_bias"}
-        values = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in left_out
-        }
-        values = {
-            key: sorted(value) if isinstance(value, set) else value for key, value in values.items()
-        }
-        return {**values, "peft_type": self.peft_type}
-
-    def to_json(self, **changes: Any) -> str:
-        """``adapter_config.json``: sorted keys, indent 2, with ``changes`` for the file alone."""
-        return json.dumps({**self.to_dict(), **changes}, indent=2, sort_keys=True)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``adapter_config.json`` into ``directory`` (made if missing)."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
-        """From PEFT's fields (``peft.LoraConfig(...).to_dict()``, a parsed file). Unknown keys are
-        ignored with a warning.
-
-        Raises:
-            ValueError: ``peft_type`` is missing or not "LORA"; and as the constructor.
-        """
-        kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
-        if kind != "LORA":
-            raise ValueError(
-                f"peft_type: got {kind!r}; accepted is 'LORA'. Load other methods with stock peft"
-            )
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known - {"peft_type", *_IGNORED})
-        if unknown:
-            warnings.warn(
-                f"LoraConfig: ignored unknown fields {unknown}, which a newer peft may have "
-                "written",
-                stacklevel=2,
-            )
-        return cls(**{key: value for key, value in values.items() if key in known})
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> LoraConfig:
-        """Read ``adapter_config.json`` from a folder.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is no JSON object, or describes something else than LoRA; and as the
-                constructor.
-        """
-        path = Path(directory) / CONFIG_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: not found; accepted is a folder with {CONFIG_NAME}, as save_adapter "
-                "writes"
-            )
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(
-                f"{path}: {path.stat().st_size} bytes is no adapter configuration; write it again"
-            )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: not valid JSON ({error}); the file is torn or not an adapter "
-                "configuration"
-            ) from None
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{path}: got a JSON {type(values).__name__}; accepted is an object of LoraConfig "
-                "fields"
-            )
-        try:
-            return cls.from_dict(values)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise type(error)(f"{path}: {error}") from error
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise ValueError(f"{name}: got {value!r}; accepted are integers from 1 to {MAX_RANK}")
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}; accepted are finite numbers")
-
-
-def _check_regex(name: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise TypeError(f"{name}: got {pattern!r}; accepted are strings")
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name}: {pattern!r} is no regular expression ({error})") from None
-
-
-def _names(name: str, value: Any) -> list[str]:
-    """A list of module names in the order given (a set: sorted)."""
-    if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name}: got {value!r}; accepted is a list of module names")
-    names = sorted(value, key=str) if isinstance(value, (set, frozenset)) else list(value)
-    if any(not isinstance(item, str) or not item for item in names):
-        raise TypeError(f"{name}: got {names!r}; accepted are non-empty module names")
-    return list(dict.fromkeys(names))
+        """As PEFT stores them; of the fields that fastlora does not have, the two that serving engines look for."""
+        return {**super().to_dict(), "use_dora": self.use_dora, "lora_bias": self.lora_bias}

@@ -10,8 +10,8 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..layers import QLoRALinear
-from .lora import LoraConfig
+from ..layers import AdapterLayer, LoRALayer
+from .base import TargetedConfig
 
 Number = TypeVar("Number", int, float)
 
@@ -54,7 +54,7 @@ def is_transformers_model(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def is_excluded(config: LoraConfig, name: str) -> bool:
+def is_excluded(config: TargetedConfig, name: str) -> bool:
     """Whether ``exclude_modules`` or ``modules_to_save`` keep adapters off the module ``name``."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
@@ -66,7 +66,7 @@ def is_excluded(config: LoraConfig, name: str) -> bool:
     return any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in saved)
 
 
-def is_target(config: LoraConfig, name: str) -> bool:
+def is_target(config: TargetedConfig, name: str) -> bool:
     """Whether the module ``name`` gets an adapter; ``target_modules`` is resolved by now."""
     if is_excluded(config, name):
         return False
@@ -82,11 +82,11 @@ def _ends_in(name: str, parts: Iterable[str]) -> bool:
     return any(name == part or name.endswith("." + part) for part in parts)
 
 
-def _in_layers(config: LoraConfig, name: str) -> bool:
-    wanted = config.layers_to_transform
+def _in_layers(config: TargetedConfig, name: str) -> bool:
+    wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or wanted == []:
         return True
-    patterns = config.layers_pattern or []
+    patterns = getattr(config, "layers_pattern", None) or []
     if isinstance(patterns, str):
         patterns = [patterns]
     # The first number after the pattern is the layer's index: ".*?" must not run on to an expert's,
@@ -116,7 +116,7 @@ def unmatched_patterns(patterns: Mapping[str, Number], names: Iterable[str]) -> 
     return [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)]
 
 
-def resolve_targets(config: LoraConfig, model: nn.Module) -> list[str] | str:
+def resolve_targets(config: TargetedConfig, model: nn.Module) -> list[str] | str:
     """``target_modules`` as names or a regex: "all-linear" and None looked up in ``model``.
 
     Raises:
@@ -137,7 +137,7 @@ def resolve_targets(config: LoraConfig, model: nn.Module) -> list[str] | str:
     return list(targets)
 
 
-def quantizable(config: LoraConfig, model: nn.Module) -> list[str]:
+def quantizable(config: TargetedConfig, model: nn.Module) -> list[str]:
     """Names of every nn.Linear that a 4-bit base holds in 4 bits: all but the output layer, and what is trained whole."""
     skip = _output_module(config, model)
     saved = config.modules_to_save or []
@@ -170,12 +170,20 @@ def describe_experts(experts: dict[str, int]) -> str:
     )
 
 
-def all_linear(config: LoraConfig, model: nn.Module) -> list[str]:
+def base_view(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, as the model's own code sees it: an adapter layer stands for its base, and has no inner parts."""
+    modules = dict(model.named_modules())
+    layers = [module for module in modules.values() if isinstance(module, AdapterLayer)]
+    inside = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    return {name: module for name, module in modules.items() if id(module) not in inside}
+
+
+def all_linear(config: TargetedConfig, model: nn.Module) -> list[str]:
     """Names of every nn.Linear (or subclass) and Conv1D but the output layer or classifier."""
     skip = _output_module(config, model)
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in base_view(model).items()
         if name and _is_linear(module) and module is not skip
     ]
 
@@ -184,10 +192,10 @@ def _is_linear(module: nn.Module) -> bool:
     conv1d = type(module).__name__ == "Conv1D" and type(module).__module__.startswith(
         "transformers."
     )
-    return isinstance(module, (nn.Linear, QLoRALinear)) or conv1d
+    return isinstance(module, (nn.Linear, LoRALayer)) or conv1d
 
 
-def _output_module(config: LoraConfig, model: nn.Module) -> nn.Module | None:
+def _output_module(config: TargetedConfig, model: nn.Module) -> nn.Module | None:
     if not is_transformers_model(model):
         return None
     output: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]

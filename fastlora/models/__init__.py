@@ -1,7 +1,7 @@
 """Adapters in whole models: own layers (``get_peft_model``) or stock PEFT's (``accelerate``)."""
 
 from .adopt import accelerate, acceleration_report, restore
-from .inject import get_peft_model
+from .entry import get_peft_model
 from .peft_model import PeftModel
 from .quantized import load_quantized
 

@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..layers import LoRALayer
+from ..layers import AdapterLayer
 from .peft_model import PeftModel
 
 # Libraries ask whether a module is an adapter layer by this class: TRL refuses an adapted lm_head
 # (its loss reads the weight past the module), and accelerate's FSDP checkpoints find the adapters
 # through it.
-BaseTunerLayer.register(LoRALayer)
+BaseTunerLayer.register(AdapterLayer)
 
 
 class TransformersPeftModel(PeftModel, peft.PeftModel):  # type: ignore[misc, override]

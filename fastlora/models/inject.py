@@ -1,79 +1,38 @@
-"""``get_peft_model``: computes every change to a model first, then makes them all or none."""
+"""What a configuration changes in a model: every change is computed first, then all are made, or none.
+
+``Injection`` is what all methods share: modules that are replaced, copies of modules that are trained whole, freezing,
+undoing. What a method puts where, its subclass says (``inject_lora.py``, ...); ``entry.py`` picks the subclass.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import warnings
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from ..layers import LoRALayer, LoRALinear, LoRAWrapper, QLoRALinear, TrainableCopy
-from ..layers.base import check_adapter_name
-from ..layers.inits import changes_base_weight
-from ..layers.plain import FLOATS, is_plain_linear
-from ..layers.wrapper import linear_features
-from ..methods import LoraConfig
+from ..layers import AdapterLayer, LoRALayer, TrainableCopy
+from ..layers.adapter import check_adapter_name
+from ..methods.base import TargetedConfig
 from ..methods.matching import (
     TASK_HEADS,
-    describe_experts,
-    expert_parameters,
+    base_view,
     is_excluded,
     is_target,
     is_transformers_model,
-    pattern_value,
-    quantizable,
-    resolve_targets,
-    shortest_names,
-    unmatched_patterns,
 )
 from ..quant import NF4Tensor
 from .peft_model import PeftModel
-from .placement import move
 
-_STOCK = "peft.get_peft_model, and fastlora.accelerate(model) on the result"
+Config = TypeVar("Config", bound=TargetedConfig)
+
+STOCK = "peft.get_peft_model, and fastlora.accelerate(model) on the result"
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-
-
-def get_peft_model(
-    model: nn.Module,
-    config: LoraConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    device: torch.device | str | None = None,
-) -> PeftModel:
-    """Put fastlora's LoRA layers into ``model``, in place, and freeze the rest.
-
-    Args:
-        model: any torch module, or a transformers model (quantised by bitsandbytes too).
-        config: what to adapt; a ``peft.LoraConfig`` works as well. It is copied, not changed.
-        adapter_name: name of the adapter.
-        autocast_adapter_dtype: adapters of an fp16 or bf16 base are kept in fp32 (PEFT's default);
-            False: in the base's dtype.
-        device: where the model goes. With ``config.quantize`` it is quantised there, linear by linear, so that a base
-            that was loaded on the CPU never has to fit on the GPU in full precision. None: where it is.
-
-    Returns:
-        A ``fastlora.PeftModel`` around ``model``; for a transformers model with peft installed it
-        is a ``peft.PeftModel`` as well, which is how transformers' Trainer knows it.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: bad arguments, no module matched, or a module
-            that cannot be adapted. The model is then as it was.
-    """
-    injection = Injection(model, config, adapter_name, autocast_adapter_dtype, device)
-    try:
-        injection.apply()
-        if device is not None:
-            move(model, device)
-    except BaseException:  # no memory there, say
-        injection.undo()
-        raise
-    return injection.wrap()
 
 
 class _Swap(NamedTuple):
@@ -83,34 +42,77 @@ class _Swap(NamedTuple):
     new: Any
 
 
-class Injection:
-    """All changes that a configuration means for a model. Building it changes nothing; ``apply``
-    and ``undo`` do."""
+class _Growth(NamedTuple):
+    """An adapter layer that gets another adapter, and how."""
+
+    layer: AdapterLayer
+    add: Callable[[], None]
+
+
+class Injection(Generic[Config]):
+    """All changes that a configuration means for a model. Building it changes nothing; ``apply`` and ``undo`` do.
+
+    Args:
+        model: the base model, or one that has adapters of the same method already.
+        config: what to do; it is this object's own from now on.
+        adapter_name: the adapter's name.
+        autocast_adapter_dtype: adapters of a base below fp32 are kept in fp32.
+        device: where layers that are made anew go; None: where their base is.
+        active: the adapters that are active in a model that has some: they stay that, and the new one is frozen. None:
+            the model has none yet, and the new one acts and trains.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        config: LoraConfig,
+        config: Config,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         device: torch.device | str | None = None,
+        active: list[str] | None = None,
     ) -> None:
-        _check_model(model)
+        check_model(model, active is not None)
         self.model = model
         self.adapter_name = check_adapter_name(adapter_name)
-        self.config = _own_config(config)
-        self._widen, self._device = autocast_adapter_dtype, device
+        self.config = config
+        self._widen, self._device, self._active = autocast_adapter_dtype, device, active
         self._swaps: list[_Swap] = []
+        self._growths: list[_Growth] = []
         self._trained_before = [(p, p.requires_grad) for p in model.parameters()]
-        self._modules = dict(model.named_modules())
+        self._modules = base_view(model)
+        self._owners = Counter(
+            id(child) for m in self._modules.values() for child in m._modules.values()
+        )
+        self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         try:
+            self._resolve_heads()
             self._resolve()
             self._plan_layers()
             self._plan_copies()
         finally:
             self._restore_trained()  # layers freeze the weights they share: not before apply()
 
+    # What a method says.
+
     def _resolve(self) -> None:
+        """Write what the model decides into the configuration: default targets, say."""
+        raise NotImplementedError
+
+    def _layer(self, name: str, module: nn.Module) -> AdapterLayer:
+        """The layer that takes the place of ``module``, with the adapter in it."""
+        raise NotImplementedError
+
+    def _grow(self, name: str, layer: AdapterLayer) -> None:
+        """Add the adapter to ``layer``, which this method made for another one."""
+        raise NotImplementedError
+
+    def _problem(self, name: str, module: nn.Module) -> str | None:
+        """Why ``module`` cannot be adapted, beside what goes for every method."""
+        raise NotImplementedError
+
+    # The adapted layers.
+
+    def _resolve_heads(self) -> None:
         config, model = self.config, self.model
         heads = [
             name
@@ -120,89 +122,62 @@ class Injection:
         self._optional_copies = set(heads)
         if heads:
             config.modules_to_save = [*(config.modules_to_save or []), *heads]
-        all_linear = (
-            isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-        )
-        config.target_modules = targets = resolve_targets(config, model)
-        if all_linear and isinstance(targets, list):
-            self._drop_attention_outputs(targets)
-            config.target_modules = shortest_names(targets, self._modules)
         name = getattr(model, "name_or_path", None)
         if isinstance(name, str) and name:
             config.base_model_name_or_path = name
 
-    def _drop_attention_outputs(self, targets: list[str]) -> None:
-        inside = [name for name in targets if isinstance(self._parent(name), nn.MultiheadAttention)]
-        for name in inside:
-            targets.remove(name)
-        if inside:
-            warnings.warn(
-                f"target_modules='all-linear': left out {inside}, whose weight "
-                "torch.nn.MultiheadAttention reads without calling the module",
-                stacklevel=5,
-            )
-
     def _parent(self, name: str) -> nn.Module:
         return self._modules[name.rpartition(".")[0]]
 
-    # The adapted layers.
-
-    def _plan_layers(self) -> None:
+    def _targets(self) -> list[str]:
+        """The names of the modules that get the adapter."""
         config = self.config
         names = [name for name in self._modules if name and is_target(config, name)]
         if not names:
             raise ValueError(self._no_match())
         if config.exclude_modules and not any(is_excluded(config, name) for name in self._modules):
             warnings.warn(
-                f"exclude_modules={config.exclude_modules!r} matched no module", stacklevel=4
+                f"exclude_modules={config.exclude_modules!r} matched no module", stacklevel=6
             )
-        for field in ("rank_pattern", "alpha_pattern"):
-            unused = unmatched_patterns(getattr(config, field), names)
-            if unused:
-                warnings.warn(
-                    f"{field}: {unused} match no adapted module and are not used", stacklevel=4
-                )
-        self._owners = Counter(
-            id(child) for m in self._modules.values() for child in m._modules.values()
-        )
-        users = Counter(id(p) for m in self._modules.values() for p in m._parameters.values())
-        quantized = quantizable(config, self.model) if config.quantize else []
-        if config.quantize and (experts := expert_parameters(self.model)):
-            warnings.warn(f"quantize: {describe_experts(experts)}", stacklevel=4)
-        self._quantized = {name for name in quantized if self._is_quantizable(name, users)}
-        for name in names:
+        return names
+
+    def _plan_layers(self) -> None:
+        for name in self._targets():
             module = self._modules[name]
             self._check_target(name, module)
-            if (
-                changes_base_weight(config.init_lora_weights)
-                and users[id(getattr(module, "weight", None))] > 1
-            ):
-                raise ValueError(
-                    f"init_lora_weights: {config.init_lora_weights!r} would change the weight of "
-                    f"{name!r}, which another module shares (tied weights); exclude it, or use "
-                    "init_lora_weights=True"
-                )
-            self._swap_child(name, self._layer(name, module))
-        for name in sorted(self._quantized - set(names)):
-            self._swap_child(name, self._in_nf4(self._modules[name], r=None))
-        self._plan_encoders(names)
+            with _naming(name):
+                if isinstance(module, AdapterLayer):
+                    self._plan_growth(name, module)
+                else:
+                    self._swap_child(name, self._layer(name, module))
 
-    def _is_quantizable(self, name: str, users: Counter[int]) -> bool:
-        """Alone with its weight, computing what its class says, and asked for its output rather than its weight."""
-        module = self._modules[name]
-        return (
-            is_plain_linear(module)
-            and module.weight.dtype != torch.float64
-            and users[id(module.weight)] == 1
-            and self._owners[id(module)] == 1
-            and not isinstance(
-                self._parent(name), (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    def _plan_growth(self, name: str, layer: AdapterLayer) -> None:
+        if isinstance(layer, TrainableCopy):
+            raise ValueError("another adapter trains it whole (modules_to_save)")
+        layer.check_change("add_adapter")
+        self._growths.append(_Growth(layer, lambda: self._grow(name, layer)))
+
+    def _check_target(self, name: str, module: nn.Module) -> None:
+        kind, weight = type(module).__name__, getattr(module, "weight", None)
+        problem = self._problem(name, module)
+        if problem is None and self._owners[id(module)] > 1:
+            problem = "the same module is used in several places of the model (not supported)"
+        if problem is None and type(weight).__name__ == "DTensor":
+            problem = "its weight is sharded already; call get_peft_model before that"
+        if problem is not None:
+            raise ValueError(
+                f"target_modules: matches {name!r} ({kind}), but {problem}. Exclude it, or use {STOCK}"
             )
-        )
 
-    def _in_nf4(self, module: nn.Module, **settings: Any) -> LoRALayer:
-        assert isinstance(module, nn.Linear)
-        return QLoRALinear.from_linear(module, device=self._device, **settings)
+    def _kinds(self) -> list[str]:
+        """The ends of the names of modules that the method can adapt."""
+        return sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in self._modules.items()
+                if name and self._problem(name, module) is None
+            }
+        )
 
     def _no_match(self) -> str:
         config = self.config
@@ -214,84 +189,22 @@ class Injection:
                 "layers_to_transform",
                 "layers_pattern",
             )
-            if getattr(config, name) is not None
+            if getattr(config, name, None) is not None
         )
-        linears = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, m in self._modules.items()
-                if name and linear_features(m)
-            }
-        )
+        kinds = self._kinds()
         return (
             f"target_modules: {config.target_modules!r}{extra} matches no module of this "
-            f"{type(self.model).__name__}; its linear modules end in "
-            f"{linears[:12]}{'...' if len(linears) > 12 else ''}"
+            f"{type(self.model).__name__}; those that can be adapted end in "
+            f"{kinds[:12]}{'...' if len(kinds) > 12 else ''}"
         )
-
-    def _check_target(self, name: str, module: nn.Module) -> None:
-        kind, weight = type(module).__name__, getattr(module, "weight", None)
-        if isinstance(self._parent(name), nn.MultiheadAttention):
-            problem = "torch.nn.MultiheadAttention reads its weight past it: an adapter would idle"
-        elif linear_features(module) is None:
-            problem = (
-                f"a {kind} is not a linear map with a known size; fastlora adapts linear modules"
-            )
-        elif self._owners[id(module)] > 1:
-            problem = "the same module is used in several places of the model (not supported)"
-        elif type(weight).__name__ == "DTensor":
-            problem = "its weight is sharded already; call get_peft_model before that"
-        else:
-            return
-        raise ValueError(
-            f"target_modules: matches {name!r} ({kind}), but {problem}. Exclude it, or use {_STOCK}"
-        )
-
-    def _layer(self, name: str, module: nn.Module) -> LoRALayer:
-        config = self.config
-        weight = getattr(module, "weight", None)
-        keep_dtype = not self._widen and isinstance(weight, torch.Tensor) and weight.dtype in FLOATS
-        settings: dict[str, Any] = {
-            "r": pattern_value(config.rank_pattern, name, config.r),
-            "lora_alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
-            "lora_dropout": config.lora_dropout,
-            "use_rslora": config.use_rslora,
-            "init_lora_weights": config.init_lora_weights,
-            "adapter_dtype": weight.dtype if keep_dtype and weight is not None else None,
-            "adapter_name": self.adapter_name,
-        }
-        try:
-            if isinstance(module, QLoRALinear):  # without an adapter, or the model was refused
-                settings["adapter_dtype"] = None if self._widen else module.weight.dtype
-                layer = QLoRALinear.from_quantized(module.weight, module.bias, **settings)
-                return layer.train(module.training)
-            if name in self._quantized:
-                return self._in_nf4(module, **settings)
-            if is_plain_linear(module):
-                assert isinstance(module, nn.Linear)
-                return LoRALinear.from_linear(module, **settings)
-            return LoRAWrapper(module, **settings)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"module {name!r}: {error}") from error
 
     def _swap_child(self, name: str, new: nn.Module) -> None:
         parent, child = self._parent(name), name.rpartition(".")[2]
         self._swaps.append(_Swap(parent, child, self._modules[name], new))
 
-    def _plan_encoders(self, names: list[str]) -> None:
-        """torch's fused encoder path reads linear1 and linear2's weights past their forward (in
-        eval, without grad): the two attributes by which torch itself decides against that path."""
-        for name in names:
-            layer = self._parent(name)
-            if isinstance(layer, nn.TransformerEncoderLayer):
-                self._swaps.append(
-                    _Swap(layer, "activation_relu_or_gelu", layer.activation_relu_or_gelu, 0)
-                )
-                for encoder in self._modules.values():
-                    if isinstance(encoder, nn.TransformerEncoder) and layer in list(encoder.layers):
-                        self._swaps.append(
-                            _Swap(encoder, "use_nested_tensor", encoder.use_nested_tensor, False)
-                        )
+    def _set(self, owner: nn.Module, attribute: str, value: Any) -> None:
+        """Plan another value for an attribute that is no adapter."""
+        self._swaps.append(_Swap(owner, attribute, getattr(owner, attribute), value))
 
     # The modules trained whole.
 
@@ -310,6 +223,11 @@ class Injection:
         chosen = sorted({name for names in matches.values() for name in names})
         for name in chosen:
             module, kind = self._modules[name], type(self._modules[name]).__name__
+            if isinstance(module, TrainableCopy):
+                self._growths.append(_Growth(module, self._another_copy(module)))
+                continue
+            if isinstance(module, AdapterLayer) and module.adapters:
+                raise ValueError(f"modules_to_save: {name!r} has adapters already")
             if isinstance(module, _CONTAINERS):
                 raise ValueError(
                     f"modules_to_save: matches {name!r}, a {kind}, which has no forward of its own "
@@ -332,6 +250,9 @@ class Injection:
             self._warn_if_tied(name, module)
             self._swap_child(name, TrainableCopy(module, self.adapter_name))
 
+    def _another_copy(self, copies: TrainableCopy) -> Callable[[], None]:
+        return lambda: copies.add_adapter(self.adapter_name)
+
     def _warn_if_tied(self, name: str, module: nn.Module) -> None:
         own = {id(p) for p in module.parameters()}
         others = [n for n, m in self._modules.items() if n != name and not n.startswith(name + ".")]
@@ -353,11 +274,26 @@ class Injection:
         """Make the changes: new layers, and all frozen but what the configuration trains."""
         for swap in self._swaps:
             setattr(swap.owner, swap.attribute, swap.new)
-        self.model.requires_grad_(False)
-        set_trainable(self.model, self.config, self.adapter_name, not self.config.inference_mode)
+        for growth in self._growths:
+            with torch.no_grad():
+                growth.add()
+        if self._active is None:
+            self.model.requires_grad_(False)
+            set_trainable(
+                self.model, self.config, [self.adapter_name], not self.config.inference_mode
+            )
+            return
+        self._restore_trained()
+        for layer in self.model.modules():
+            if isinstance(layer, AdapterLayer) and self.adapter_name in layer.adapters:
+                layer.active_adapters = list(self._active)
+                for parameter in layer.adapter_parameters(self.adapter_name):
+                    parameter.requires_grad_(False)
 
     def undo(self) -> None:
         """The model as it was before ``apply``."""
+        for growth in self._growths:
+            growth.layer.delete_adapter(self.adapter_name)
         for swap in reversed(self._swaps):
             setattr(swap.owner, swap.attribute, swap.old)
         self._restore_trained()
@@ -373,19 +309,34 @@ class Injection:
         return kind(self.model, {self.adapter_name: self.config}, self.adapter_name)
 
 
-def set_trainable(model: nn.Module, config: LoraConfig, adapter_name: str, trainable: bool) -> None:
-    """Activate ``adapter_name`` everywhere and let it (and the biases ``config.bias`` names) train,
+class _naming(contextlib.ContextDecorator):
+    """Errors within say which module they are about."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (ValueError, RuntimeError)) and "module '" not in str(error):
+            raise type(error)(f"module {self._name!r}: {error}") from error
+
+
+def set_trainable(model: nn.Module, config: Any, adapter_names: list[str], trainable: bool) -> None:
+    """Activate ``adapter_names`` everywhere and let them (and the biases ``config.bias`` names) train,
     or freeze them."""
     for module in model.modules():
-        if isinstance(module, (LoRALayer, TrainableCopy)):
-            module.set_adapter(adapter_name, trainable)
+        if isinstance(module, AdapterLayer):
+            module.set_adapter(adapter_names, trainable)
     for parameter in trained_biases(model, config).values():
         parameter.requires_grad_(trainable)
 
 
-def trained_biases(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
+def trained_biases(model: nn.Module, config: Any) -> dict[str, nn.Parameter]:
     """The base biases that ``config.bias`` trains: parameter name in ``model`` -> parameter."""
-    if config.bias == "none":
+    which = getattr(config, "bias", "none")
+    if which == "none":
         return {}
     copies = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, TrainableCopy)
@@ -395,38 +346,30 @@ def trained_biases(model: nn.Module, config: LoraConfig) -> dict[str, nn.Paramet
         for name, parameter in model.named_parameters()
         if (name == "bias" or name.endswith(".bias")) and not name.startswith(copies)
     }
-    if config.bias == "all":
+    if which == "all":
         return biases
     adapted = {
         id(m.bias)
         for m in model.modules()
-        if isinstance(m, (LoRALinear, LoRAWrapper, QLoRALinear)) and m.bias is not None
+        if isinstance(m, LoRALayer) and getattr(m, "bias", None) is not None
     }
     return {name: parameter for name, parameter in biases.items() if id(parameter) in adapted}
 
 
-def _own_config(config: Any) -> LoraConfig:
-    if isinstance(config, LoraConfig):
-        return copy.deepcopy(config)
-    if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
-        return LoraConfig.from_dict(config.to_dict())
-    raise TypeError(
-        f"config: got {type(config).__name__}; accepted are fastlora.LoraConfig and peft.LoraConfig"
-    )
-
-
-def _check_model(model: Any) -> None:
+def check_model(model: Any, has_adapters: bool = False) -> None:
+    """TypeError or ValueError if adapters cannot be put into ``model`` (``has_adapters``: more of them)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
-    if isinstance(model, PeftModel) or any(
-        isinstance(m, TrainableCopy) or (isinstance(m, LoRALayer) and m.r) for m in model.modules()
+    if not has_adapters and (
+        isinstance(model, PeftModel)
+        or any(isinstance(m, AdapterLayer) and m.adapters for m in model.modules())
     ):
         raise ValueError("model: has fastlora adapters already; start from the base model")
     if sys.modules.get("peft") is not None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         theirs = (
-            m for m in model.modules() if not isinstance(m, LoRALayer)
+            m for m in model.modules() if not isinstance(m, AdapterLayer)
         )  # hf.py registers ours
         if any(isinstance(m, BaseTunerLayer) for m in theirs):
             raise ValueError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers import LoRALayer, TrainableCopy
-from ..methods import LoraConfig
+from ..layers import AdapterLayer, LoRALayer
+from ..layers.adapter import check_adapter_name
+from ..methods import PeftConfig
 from ..quant import NF4Tensor
 from . import merge
 from .merge import MergeReport
@@ -63,9 +65,8 @@ class PeftModel(_Delegate):
     """
 
     _target = "base_model"
-    peft_type = "LORA"
 
-    def __init__(self, model: nn.Module, configs: dict[str, LoraConfig], active: str) -> None:
+    def __init__(self, model: nn.Module, configs: dict[str, PeftConfig], active: str) -> None:
         nn.Module.__init__(self)  # not super(): peft.PeftModel's would build PEFT's own layers
         self.base_model = AdaptedModel(model)
         self._configs = configs
@@ -77,9 +78,14 @@ class PeftModel(_Delegate):
     # What it is.
 
     @property
-    def peft_config(self) -> dict[str, LoraConfig]:
+    def peft_config(self) -> dict[str, PeftConfig]:
         """Adapter name -> its configuration."""
         return self._configs
+
+    @property
+    def peft_type(self) -> str | None:
+        """The method of its adapters, by PEFT's name; None once all are deleted."""
+        return next((config.peft_type for config in self._configs.values()), None)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -90,13 +96,15 @@ class PeftModel(_Delegate):
         return self._active[0]
 
     @property
-    def active_peft_config(self) -> LoraConfig:
+    def active_peft_config(self) -> PeftConfig:
         return self._configs[self.active_adapter]
 
     @property
     def modules_to_save(self) -> set[str] | None:
         return {
-            name for config in self._configs.values() for name in config.modules_to_save or []
+            name
+            for config in self._configs.values()
+            for name in getattr(config, "modules_to_save", None) or []
         } or None
 
     def get_base_model(self) -> nn.Module:
@@ -115,31 +123,168 @@ class PeftModel(_Delegate):
 
     # Which adapters act and train.
 
-    def _adapter_modules(self) -> Iterator[LoRALayer | TrainableCopy]:
-        return (
-            m for m in self.get_base_model().modules() if isinstance(m, (LoRALayer, TrainableCopy))
-        )
-
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make ``adapter_name`` the active adapter, trainable unless ``inference_mode``.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
-        from .inject import set_trainable
-
-        self._check_known(adapter_name)
-        self.check_unmerged("set_adapter")
-        set_trainable(
-            self.get_base_model(), self._configs[adapter_name], adapter_name, not inference_mode
-        )
-        self._active = [adapter_name]
+    def adapter_layers(self) -> Iterator[AdapterLayer]:
+        """Every module that carries adapters."""
+        return (m for m in self.get_base_model().modules() if isinstance(m, AdapterLayer))
 
     def _check_known(self, adapter_name: str) -> None:
         if adapter_name not in self._configs:
             raise ValueError(
                 f"adapter_name: got {adapter_name!r}; this model has {sorted(self._configs)}"
             )
+
+    def check_change(self, what: str) -> None:
+        """ValueError if the adapters cannot be changed now: they are merged."""
+        for layer in self.adapter_layers():
+            layer.check_change(what)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Another adapter on the same base. Those that are active stay so; the new one waits for ``set_adapter``.
+
+        Args:
+            adapter_name: its name.
+            peft_config: what to adapt, with the method of the adapters that there are; PEFT's own work as well.
+            low_cpu_mem_usage: PEFT's; its zeros stand for values that a file brings. Nothing to save here.
+            autocast_adapter_dtype: see ``get_peft_model``.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as ``get_peft_model``; the name is taken, the method is another, adapters
+                are merged, or two adapters would train one bias. The model is then as it was.
+        """
+        self.add_loaded(adapter_name, peft_config, lambda: None, autocast_adapter_dtype)
+
+    def add_loaded(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        fill: Callable[[], None],
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """``add_adapter``, and ``fill`` after it: the adapter stays only if that goes well."""
+        from .entry import plan
+
+        config = self._check_addition(adapter_name, peft_config)
+        base, active = self.get_base_model(), self.active_adapters
+        injection = plan(base, config, adapter_name, autocast_adapter_dtype, None, active)
+        try:
+            injection.apply()
+            self._configs[adapter_name] = injection.config
+            fill()
+        except BaseException:
+            self._configs.pop(adapter_name, None)
+            injection.undo()
+            raise
+
+    def _check_addition(self, adapter_name: str, peft_config: Any) -> PeftConfig:
+        from .entry import own_config
+
+        config = own_config(peft_config)
+        self.check_change("add_adapter")
+        if adapter_name in self._configs:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} exists already; delete_adapter it first, or choose another name"
+            )
+        if self._configs and config.peft_type != self.peft_type:
+            raise ValueError(
+                f"peft_config: is {config.peft_type}, the model's adapters are {self.peft_type}; one model takes one method"
+            )
+        every = [config, *self._configs.values()] if self._configs else []
+        if any(getattr(other, "bias", "none") != "none" for other in every):
+            raise ValueError(
+                "peft_config: bias other than 'none' trains biases of the base itself, which only one adapter can; use "
+                "bias='none'"
+            )
+        return config
+
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Make ``adapter_name`` the active adapter, trainable unless ``inference_mode``; several are stacked: their
+        updates are added.
+
+        Raises:
+            ValueError: there is no such adapter, or none given; adapters are merged; or two of them trained their own copy
+                of a module whole. The model is then as it was.
+        """
+        from .inject import set_trainable
+
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if not names:
+            raise ValueError(
+                "adapter_name: got none; disable_adapter_layers() makes the model act as its base"
+            )
+        for name in names:
+            self._check_known(name)
+        self.check_change("set_adapter")
+        for layer in self.adapter_layers():
+            layer.check_active(names)
+        base = self.get_base_model()
+        set_trainable(base, self._configs[names[0]], names, not inference_mode)
+        self._active = names
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. If it alone was active, the first that is left becomes active, with a warning as in PEFT;
+        without any left the model acts as its base.
+
+        Raises:
+            ValueError: there is no such adapter, or adapters are merged.
+        """
+        self._check_known(adapter_name)
+        self.check_change("delete_adapter")
+        left = [name for name in self._configs if name != adapter_name]
+        active = [name for name in self._active if name != adapter_name] or left[:1]
+        if left and active[0] not in self._active:
+            warnings.warn(
+                f"adapter {adapter_name!r} was active and is deleted; {active[0]!r} is active now",
+                stacklevel=2,
+            )
+        trained = self._trains(adapter_name)
+        for layer in self.adapter_layers():
+            layer.delete_adapter(adapter_name)
+        del self._configs[adapter_name]
+        if active:
+            self.set_adapter(active, inference_mode=not trained)
+        self._active = active
+
+    def _trains(self, adapter_name: str) -> bool:
+        return any(
+            parameter.requires_grad
+            for layer in self.adapter_layers()
+            for parameter in layer.adapter_parameters(adapter_name)
+        )
+
+    def rename_adapter(self, adapter_name: str, new_name: str) -> None:
+        """Give an adapter another name; which are active and trained stays.
+
+        Raises:
+            ValueError: there is no such adapter, the new name is taken or no name, or adapters are merged. The model is then
+                as it was.
+        """
+        self._check_known(adapter_name)
+        self.check_change("rename_adapter")
+        if check_adapter_name(new_name) in self._configs:
+            raise ValueError(f"new_name: adapter {new_name!r} exists already; choose another name")
+        for layer in self.adapter_layers():
+            layer.rename_adapter(adapter_name, new_name)
+        renamed = {adapter_name: new_name}
+        self._configs = {renamed.get(name, name): value for name, value in self._configs.items()}
+        self._active = [renamed.get(name, name) for name in self._active]
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Let a LoRA adapter act ``scale`` times as strongly as its ``lora_alpha`` says, in every layer.
+
+        Raises:
+            ValueError: there is no such adapter, adapters are merged, or ``scale`` is not finite.
+        """
+        self._check_known(adapter_name)
+        self.check_change("set_scale")
+        for layer in self.adapter_layers():
+            if isinstance(layer, LoRALayer) and adapter_name in layer.r:
+                layer.set_scale(adapter_name, scale)
 
     def enable_adapter_layers(self) -> None:
         """Let the adapters act again.
@@ -148,19 +293,19 @@ class PeftModel(_Delegate):
             ValueError: adapters were merged, and the weights were sharded since; so for ``disable_adapter_layers``.
         """
         merge.check_exchange(self, True)
-        for module in self._adapter_modules():
+        for module in self.adapter_layers():
             module.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
         """Make the model act as its base."""
         merge.check_exchange(self, False)
-        for module in self._adapter_modules():
+        for module in self.adapter_layers():
             module.enable_adapters(False)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model's outputs within ``with model.disable_adapter():``."""
-        before = [(module, module.adapters_enabled) for module in self._adapter_modules()]
+        before = [(module, module.adapters_enabled) for module in self.adapter_layers()]
         self.disable_adapter_layers()
         try:
             yield
@@ -244,12 +389,6 @@ class PeftModel(_Delegate):
                 f"adapter_names: got {adapter_names!r}; accepted is None or the active {self.active_adapters}. "
                 "set_adapter makes another active"
             )
-
-    def check_unmerged(self, what: str) -> None:
-        """ValueError if adapters are merged."""
-        for module in self._adapter_modules():
-            if isinstance(module, LoRALayer):
-                module.check_unmerged(what)
 
     # Gradient checkpointing: reentrant checkpoints give no gradient unless some input requires one.
 
@@ -360,9 +499,8 @@ class PeftModel(_Delegate):
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
     ) -> None:
-        """Read values for an existing adapter; see ``fastlora.load_adapter``. As in PEFT, a load
-        that is not for training puts the model into eval mode and leaves what requires grad as it
-        is."""
+        """Read an adapter, a new one or other values for one that is there; see ``fastlora.load_adapter``. As in PEFT, a
+        load that is not for training puts the model into eval mode and leaves what requires grad as it is."""
         from ..io.adapter import load_adapter
 
         load_adapter(self, model_id, adapter_name, is_trainable=True if is_trainable else None)

@@ -11,7 +11,6 @@ import peft
 import pytest
 
 from fastlora import LoraConfig
-from fastlora.methods.lora import _IGNORED, _UNSUPPORTED
 
 
 def test_fields_and_defaults_are_pefts() -> None:
@@ -19,7 +18,7 @@ def test_fields_and_defaults_are_pefts() -> None:
     for field in dataclasses.fields(LoraConfig):
         if field.name != "quantize":
             assert getattr(LoraConfig(), field.name) == getattr(theirs, field.name), field.name
-    known = {f.name for f in dataclasses.fields(LoraConfig)} | {"peft_type", *_IGNORED}
+    known = {f.name for f in dataclasses.fields(LoraConfig)} | {"peft_type", *LoraConfig.ignored}
     assert {f.name for f in dataclasses.fields(peft.LoraConfig)} <= known
 
 
@@ -63,9 +62,9 @@ def test_bad_values_name_the_field(settings: dict[str, object], error: type[Exce
         LoraConfig(**settings)
 
 
-@pytest.mark.parametrize("field", sorted(_UNSUPPORTED))
+@pytest.mark.parametrize("field", sorted(LoraConfig.unsupported))
 def test_features_of_peft_that_are_not_there_point_to_accelerate(field: str) -> None:
-    value = True if _UNSUPPORTED[field] is False else {"some": "setting"}
+    value = True if LoraConfig.unsupported[field] is False else {"some": "setting"}
     with pytest.raises(NotImplementedError, match=rf"{field}.*fastlora\.accelerate"):
         LoraConfig(**{field: value})
 

@@ -1,0 +1,131 @@
+"""``AdapterLayer``: what every module that carries named adapters has in common, whatever the method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, MutableMapping
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def check_adapter_name(name: str) -> str:
+    """``name`` if it can be both a parameter name and a folder name; ValueError otherwise."""
+    valid = (
+        isinstance(name, str)
+        and _NAME.fullmatch(name)
+        and name not in ("weight", "bias", "base_layer")
+    )
+    if not valid or hasattr(nn.ParameterDict, name):
+        raise ValueError(
+            f"adapter_name: got {name!r}; accepted are letters, digits, '_' and '-' (it becomes "
+            "part of parameter and folder names), but for 'weight', 'bias', 'base_layer' and the "
+            "methods of torch.nn.ParameterDict"
+        )
+    return name
+
+
+class AdapterTensor(NamedTuple):
+    """A tensor of an adapter: its key in the layer's state_dict, and the tensor itself."""
+
+    key: str
+    tensor: Tensor
+
+
+class AdapterLayer(nn.Module):
+    """A module with any number of named adapters, some of them active.
+
+    A subclass keeps what belongs to an adapter in mappings by adapter name, and lists them in ``by_adapter``: deleting
+    and renaming is then the same for all.
+    """
+
+    # Attributes that map an adapter's name to a Parameter, a module or a setting of it. The first says who is here.
+    by_adapter: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active_adapters: list[str] = []
+        self.adapters_enabled = True
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that have something here, in the order they came."""
+        return list(getattr(self, self.by_adapter[0]))
+
+    def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
+        """What an adapter's file holds of this layer: key in the file, after the module's own name -> where it is here."""
+        raise NotImplementedError
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """What trains of an adapter."""
+        found: list[nn.Parameter] = []
+        for attribute in self.by_adapter:
+            mapping = getattr(self, attribute)
+            value = mapping[name] if name in mapping else None  # noqa: SIM401 (ModuleDict has no get)
+            if isinstance(value, nn.Parameter):
+                found.append(value)
+            elif isinstance(value, nn.Module):
+                found += value.parameters()
+        return found
+
+    def check_change(self, what: str) -> None:
+        """ValueError if the layer is in a state in which its adapters cannot be changed (merged, say)."""
+
+    def check_active(self, names: list[str]) -> None:
+        """ValueError if ``names`` cannot be active at once."""
+
+    def set_adapter(self, names: str | Iterable[str], trainable: bool = True) -> None:
+        """Make exactly ``names`` active; they alone require grad (none does if not ``trainable``).
+        Names that this layer does not have are skipped: an adapter need not be on every layer."""
+        self.check_change("set_adapter")
+        names = [names] if isinstance(names, str) else list(names)
+        self.check_active(names)
+        self.active_adapters = names
+        for name in self.adapters:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(trainable and name in self.active_adapters)
+
+    def enable_adapters(self, enabled: bool = True) -> None:
+        """Switch all adapters on or off; off, the layer is its base."""
+        self.adapters_enabled = enabled
+
+    def acting_adapters(self) -> list[str]:
+        """The adapters that act in forward: none while they are off."""
+        if not self.adapters_enabled:
+            return []
+        present = self.adapters
+        return [name for name in self.active_adapters if name in present]
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter; nothing where this layer does not have it.
+
+        Raises:
+            ValueError: the layer's adapters cannot be changed now.
+        """
+        self.check_change("delete_adapter")
+        for mapping in self._mappings():
+            if name in mapping:
+                del mapping[name]
+        self.active_adapters = [other for other in self.active_adapters if other != name]
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name, its order among the others kept.
+
+        Raises:
+            ValueError: ``new`` is no name for an adapter, or taken; or the layer's adapters cannot be changed now.
+        """
+        self.check_change("rename_adapter")
+        if check_adapter_name(new) in self.adapters:
+            raise ValueError(f"new: adapter {new!r} exists already; choose another name")
+        for mapping in self._mappings():
+            if old in mapping:
+                items = [(new if name == old else name, value) for name, value in mapping.items()]
+                mapping.clear()
+                for name, value in items:
+                    mapping[name] = value
+        self.active_adapters = [new if name == old else name for name in self.active_adapters]
+
+    def _mappings(self) -> list[MutableMapping[str, Any]]:
+        return [getattr(self, attribute) for attribute in self.by_adapter]

@@ -1,0 +1,161 @@
+"""How LoRA enters a model: linears become ``LoRALinear``, ``QLoRALinear`` or ``LoRAWrapper``."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import AdapterLayer, LoRALayer, LoRALinear, LoRAWrapper, QLoRALinear
+from ..layers.inits import changes_base_weight
+from ..layers.plain import FLOATS, is_plain_linear
+from ..layers.wrapper import linear_features
+from ..methods import LoraConfig
+from ..methods.matching import (
+    describe_experts,
+    expert_parameters,
+    pattern_value,
+    quantizable,
+    resolve_targets,
+    shortest_names,
+    unmatched_patterns,
+)
+from .inject import Injection
+
+
+class LoraInjection(Injection[LoraConfig]):
+    """Low-rank updates at linear modules, and the base in 4 bits where the configuration says so."""
+
+    def _resolve(self) -> None:
+        config, model = self.config, self.model
+        if self._active is not None and config.quantize:
+            raise ValueError(
+                "quantize: describes the base, which has adapters already; give it with the first adapter"
+            )
+        all_linear = (
+            isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+        )
+        config.target_modules = targets = resolve_targets(config, model)
+        if all_linear and isinstance(targets, list):
+            self._drop_attention_outputs(targets)
+            config.target_modules = shortest_names(targets, self._modules)
+
+    def _drop_attention_outputs(self, targets: list[str]) -> None:
+        inside = [name for name in targets if isinstance(self._parent(name), nn.MultiheadAttention)]
+        for name in inside:
+            targets.remove(name)
+        if inside:
+            warnings.warn(
+                f"target_modules='all-linear': left out {inside}, whose weight "
+                "torch.nn.MultiheadAttention reads without calling the module",
+                stacklevel=6,
+            )
+
+    def _targets(self) -> list[str]:
+        names = super()._targets()
+        for field in ("rank_pattern", "alpha_pattern"):
+            unused = unmatched_patterns(getattr(self.config, field), names)
+            if unused:
+                warnings.warn(
+                    f"{field}: {unused} match no adapted module and are not used", stacklevel=6
+                )
+        return names
+
+    def _plan_layers(self) -> None:
+        config = self.config
+        quantized = quantizable(config, self.model) if config.quantize else []
+        if config.quantize and (experts := expert_parameters(self.model)):
+            warnings.warn(f"quantize: {describe_experts(experts)}", stacklevel=5)
+        self._quantized = {name for name in quantized if self._is_quantizable(name)}
+        super()._plan_layers()
+        adapted = {id(swap.old) for swap in self._swaps}
+        for name in sorted(self._quantized):
+            if id(self._modules[name]) not in adapted:
+                self._swap_child(name, self._in_nf4(self._modules[name], r=None))
+        self._plan_encoders()
+
+    def _is_quantizable(self, name: str) -> bool:
+        """Alone with its weight, computing what its class says, and asked for its output rather than its weight."""
+        module = self._modules[name]
+        return (
+            is_plain_linear(module)
+            and module.weight.dtype != torch.float64
+            and self._users[id(module.weight)] == 1
+            and self._owners[id(module)] == 1
+            and not isinstance(
+                self._parent(name), (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+            )
+        )
+
+    def _problem(self, name: str, module: nn.Module) -> str | None:
+        if isinstance(self._parent(name), nn.MultiheadAttention):
+            return "torch.nn.MultiheadAttention reads its weight past it: an adapter would idle"
+        if linear_features(module) is None:
+            kind = type(module).__name__
+            return f"a {kind} is not a linear map with a known size; fastlora adapts linear modules"
+        return None
+
+    def _settings(self, name: str, module: nn.Module) -> dict[str, Any]:
+        """Of the module's adapter, as ``LoRALayer.add_adapter`` takes them."""
+        config = self.config
+        weight = getattr(module, "weight", None)
+        dtype = None
+        if not self._widen:
+            is_float = isinstance(weight, torch.Tensor) and weight.dtype in FLOATS
+            dtype = weight.dtype if is_float or isinstance(module, QLoRALinear) else None  # type: ignore[union-attr]
+        return {
+            "r": pattern_value(config.rank_pattern, name, config.r),
+            "lora_alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
+            "lora_dropout": config.lora_dropout,
+            "use_rslora": config.use_rslora,
+            "init_lora_weights": config.init_lora_weights,
+            "adapter_dtype": dtype,
+        }
+
+    def _layer(self, name: str, module: nn.Module) -> LoRALayer:
+        if (
+            changes_base_weight(self.config.init_lora_weights)
+            and self._users[id(getattr(module, "weight", None))] > 1
+        ):
+            raise ValueError(
+                f"init_lora_weights: {self.config.init_lora_weights!r} would change the weight of "
+                f"{name!r}, which another module shares (tied weights); exclude it, or use "
+                "init_lora_weights=True"
+            )
+        settings = {**self._settings(name, module), "adapter_name": self.adapter_name}
+        if name in self._quantized:
+            return self._in_nf4(module, **settings)
+        if is_plain_linear(module):
+            assert isinstance(module, nn.Linear)
+            return LoRALinear.from_linear(module, **settings)
+        return LoRAWrapper(module, **settings)
+
+    def _grow(self, name: str, layer: AdapterLayer) -> None:
+        assert isinstance(layer, LoRALayer)
+        layer.add_adapter(self.adapter_name, **self._settings(name, layer))
+
+    def _plan_growth(self, name: str, layer: AdapterLayer) -> None:
+        init = self.config.init_lora_weights
+        if changes_base_weight(init) and layer.adapters:
+            raise ValueError(
+                f"init_lora_weights: {init!r} would change the base weight under the adapters {layer.adapters}; use "
+                "it for the first adapter, and True here"
+            )
+        super()._plan_growth(name, layer)
+
+    def _in_nf4(self, module: nn.Module, **settings: Any) -> LoRALayer:
+        assert isinstance(module, nn.Linear)
+        return QLoRALinear.from_linear(module, device=self._device, **settings)
+
+    def _plan_encoders(self) -> None:
+        """torch's fused encoder path reads linear1 and linear2's weights past their forward (in
+        eval, without grad): the two attributes by which torch itself decides against that path."""
+        owners = {id(swap.owner): swap.owner for swap in self._swaps}
+        for layer in owners.values():
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                self._set(layer, "activation_relu_or_gelu", 0)
+                for encoder in self._modules.values():
+                    if isinstance(encoder, nn.TransformerEncoder) and layer in list(encoder.layers):
+                        self._set(encoder, "use_nested_tensor", False)
