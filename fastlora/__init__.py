@@ -32,13 +32,15 @@ _EXPORTS = {
     "acceleration_report": "models",
     "save_adapter": "io",
     "load_adapter": "io",
+    "prepare_hotswap": "io",
+    "hotswap_adapter": "io",
 }
 
 if TYPE_CHECKING:
     from ._counters import launches, reset_launches
     from ._library import build_info
     from .functional import lora_linear, qlora_linear
-    from .io import load_adapter, save_adapter
+    from .io import hotswap_adapter, load_adapter, prepare_hotswap, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
     from .methods import LoraConfig, PeftConfig
     from .models import (
@@ -66,10 +68,12 @@ __all__ = [
     "build_info",
     "explain",
     "get_peft_model",
+    "hotswap_adapter",
     "launches",
     "load_adapter",
     "load_quantized",
     "lora_linear",
+    "prepare_hotswap",
     "qlora_linear",
     "reset_launches",
     "restore",

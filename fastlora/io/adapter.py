@@ -33,7 +33,7 @@ from ..models.peft_model import PeftModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 RECORD_NAME = "trainable_parameters.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def save_adapter(
@@ -81,7 +81,11 @@ def save_adapter(
                 f"state_dict: lacks {len(absent)} of the adapter's parameters, {absent[0]!r} among "
                 "them"
             )
-        tensors = {key: state_dict[entry.key] for key, entry in entries.items()}
+        tensors = {
+            # of a slot for hot-swapping the adapter's own ranks
+            key: state_dict[entry.key][tuple(map(slice, entry.tensor.shape))]
+            for key, entry in entries.items()
+        }
     config = model.peft_config[adapter_name]
     base = type(model.get_base_model())
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
@@ -131,9 +135,9 @@ def load_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
-    folder = _find_folder(Path(path), check_adapter_name(adapter_name))
+    folder = find_folder(Path(path), check_adapter_name(adapter_name))
     config = PeftConfig.from_pretrained(folder)
-    tensors = _read(folder / WEIGHTS_NAME)
+    tensors = read_tensors(folder / WEIGHTS_NAME)
     if not isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
         wrapped = _put_in(plan(model, config, adapter_name), tensors)
@@ -173,7 +177,7 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
     for name, module in base.named_modules():
         if not isinstance(module, AdapterLayer):
             continue
-        at = f"{_PREFIX}{name}." if name else _PREFIX
+        at = f"{PREFIX}{name}." if name else PREFIX
         if isinstance(module, (LoRALinear, QLoRALinear)) and module.adapters:
             adapted.add(f"{name}.bias")
         for key, (inside, tensor) in module.adapter_tensors(adapter_name).items():
@@ -185,7 +189,7 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
         )
     for name, bias in trained_biases(base, model.peft_config[adapter_name]).items():
         in_file = f"{name.removesuffix('bias')}base_layer.bias" if name in adapted else name
-        entries[f"{_PREFIX}{in_file}"] = AdapterTensor(f"{_PREFIX}{name}", bias)
+        entries[f"{PREFIX}{in_file}"] = AdapterTensor(f"{PREFIX}{name}", bias)
     return entries
 
 
@@ -201,8 +205,8 @@ def _embedding_entries(model: PeftModel) -> dict[str, AdapterTensor]:
             inner = "base_layer." if isinstance(module, LoRALinear) else ""
             for key, tensor in module._parameters.items():  # a TrainableCopy has none of its own
                 if tensor is not None:
-                    entries[f"{_PREFIX}{name}.{inner}{key}"] = AdapterTensor(
-                        f"{_PREFIX}{name}.{key}", tensor
+                    entries[f"{PREFIX}{name}.{inner}{key}"] = AdapterTensor(
+                        f"{PREFIX}{name}.{key}", tensor
                     )
     return entries
 
@@ -225,7 +229,8 @@ def _check_same_method(
 # Reading: everything is checked before anything is copied.
 
 
-def _find_folder(path: Path, adapter_name: str) -> Path:
+def find_folder(path: Path, adapter_name: str) -> Path:
+    """The folder of an adapter's two files: ``path``, or in it the one of the adapter's name. FileNotFoundError otherwise."""
     if not path.is_dir():
         raise FileNotFoundError(
             f"path: {path} is no folder; accepted is one with {CONFIG_NAME} and {WEIGHTS_NAME}"
@@ -248,7 +253,8 @@ def _find_folder(path: Path, adapter_name: str) -> Path:
     return folder
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors on the CPU; ValueError if it is torn."""
     try:
         with safe_open(file, framework="pt", device="cpu") as stored:
             keys = stored.keys()  # not a dict: it cannot be iterated itself
@@ -271,10 +277,8 @@ def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> No
                 f"{key}: has shape {tuple(value.shape)} in the file where the model needs "
                 f"{tuple(target.shape)}; the adapter was made for another base model or rank"
             )
-        if target.is_floating_point() and value.dtype not in FLOATS:
-            raise ValueError(
-                f"{key}: is {value.dtype} in the file; accepted are {', '.join(map(str, FLOATS))}"
-            )
+        if target.is_floating_point():
+            check_value(key, value)
         if _is_sharded(target):
             raise ValueError(f"{entry.key}: is sharded; load the adapter before fully_shard")
         if target.device.type == "meta":
@@ -285,6 +289,14 @@ def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> No
     with torch.no_grad():
         for key, entry in entries.items():
             entry.tensor.copy_(tensors[key])
+
+
+def check_value(key: str, value: Tensor) -> None:
+    """ValueError unless ``value`` is of a float dtype."""
+    if value.dtype not in FLOATS:
+        raise ValueError(
+            f"{key}: is {value.dtype} in the file; accepted are {', '.join(map(str, FLOATS))}"
+        )
 
 
 def _is_shadow(key: str, adapter_name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from ..ops.support import MAX_RANK
 from ..quant import NF4Tensor
 from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
 from .inits import check_init, initial_factors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def adapter_dtype_for(dtype: torch.dtype | None) -> torch.dtype:
@@ -158,21 +161,22 @@ class LoRALayer(AdapterLayer):
         """
         self.check_change("reset_adapters")
         for name, r in self.r.items():
+            if r == 0:
+                continue
             scaling = self._own_scaling(name)
             a, b, residual = self._factors(self.init_lora_weights[name], r, scaling)
             if residual is not None:
                 self._replace_base_weight(residual)
-            with torch.no_grad():
-                self.lora_A[name].copy_(a)
-                self.lora_B[name].copy_(b)
-            self.scaling[name] = scaling
+            self.write_factors(name, a, b)
+            self._set_scaling(name, scaling)
 
     def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
-        if name not in self.r:
+        if not self.r.get(name):
             return {}
+        r = self.r[name]  # a slot for hot-swapping is wider than the adapter in it
         return {
-            f"{part}.weight": AdapterTensor(f"{part}.{name}", getattr(self, part)[name])
-            for part in ("lora_A", "lora_B")
+            "lora_A.weight": AdapterTensor(f"lora_A.{name}", self.lora_A[name][:r]),
+            "lora_B.weight": AdapterTensor(f"lora_B.{name}", self.lora_B[name][:, :r]),
         }
 
     def set_scale(self, name: str, scale: float) -> None:
@@ -185,14 +189,57 @@ class LoRALayer(AdapterLayer):
         self.check_change("set_scale")
         if not math.isfinite(scale):
             raise ValueError(f"scale: got {scale!r}; accepted are finite numbers")
-        value, now = scale * self._own_scaling(name), self.scaling[name]
+        self._set_scaling(name, scale * self._own_scaling(name))
+
+    def _set_scaling(self, name: str, value: float) -> None:
+        now = self.scaling[name]
         if isinstance(now, Tensor):
             now.fill_(value)
         else:
             self.scaling[name] = value
 
+    def write_factors(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Copy A [r, K] and B [N, r] into an adapter's parameters; ranks that are left over become zero."""
+        with torch.no_grad():
+            self.lora_A[name].zero_()[: a.shape[0]].copy_(a)
+            self.lora_B[name].zero_()[:, : b.shape[1]].copy_(b)
+
+    def widen_slot(self, name: str, rank: int) -> None:
+        """Give an adapter parameters of ``rank``, zeros where its own ends, and a scaling that is read on the device:
+        another adapter of up to that rank can then take its place without any tensor being made anew.
+
+        Raises:
+            ValueError: ``rank`` is below that of the adapter's parameters or above 512, or adapters are merged.
+        """
+        self.check_change("widen_slot")
+        a, b = self.lora_A[name], self.lora_B[name]
+        if not a.shape[0] <= rank <= MAX_RANK:
+            raise ValueError(f"rank: got {rank!r}; accepted are {a.shape[0]} to {MAX_RANK}")
+        self.lora_A[name] = nn.Parameter(a.new_empty(rank, a.shape[1]), a.requires_grad)
+        self.lora_B[name] = nn.Parameter(b.new_empty(b.shape[0], rank), b.requires_grad)
+        self.write_factors(name, a, b)
+        self.scaling[name] = torch.as_tensor(
+            self.scaling[name], dtype=torch.float32, device=a.device
+        )
+
+    def fill_slot(
+        self, name: str, a: Tensor, b: Tensor, lora_alpha: float, use_rslora: bool
+    ) -> None:
+        """Let another adapter's A [r, K] and B [N, r] take the place of ``name``'s, in the same memory."""
+        self.write_factors(name, a, b)
+        self.r[name], self.lora_alpha[name] = a.shape[0], lora_alpha
+        self.use_rslora[name] = use_rslora
+        self._set_scaling(name, self._own_scaling(name))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for name, scaling in self.scaling.items():
+            if isinstance(scaling, Tensor):  # moved with the layer, and never cast
+                self.scaling[name] = scaling.to(fn(scaling).device)
+        return self
+
     def _own_scaling(self, name: str) -> float:
-        r = self.r[name]
+        r = max(1, self.r[name])  # of 0 ranks (hot-swapped) any scaling is right
         return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
 
     def merged_weight(self, dequantize: bool | torch.dtype = False) -> Merged:

@@ -274,6 +274,55 @@ class PeftModel(_Delegate):
         self._configs = {renamed.get(name, name): value for name, value in self._configs.items()}
         self._active = [renamed.get(name, name) for name in self._active]
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """A new LoRA adapter whose update is sum_i weights_i D_i of the ``adapters``' updates D_i = s_i B_i A_i, or close to it.
+
+        The new one has scaling 1 and waits for ``set_adapter``. PEFT's names and semantics; what differs: "cat", which is
+        exact, is the default; a name that is taken is an error; adapters with rsLoRA combine exactly as well; layers that
+        only some of the adapters have take the sum of those.
+
+        Args:
+            adapters, weights: which, and how strongly; weights may be negative. A single adapter is copied exactly.
+            adapter_name: the new one's name.
+            combination_type: "cat" (exact, of rank sum r_i), "svd" (closest of ``svd_rank``, from the factors alone),
+                "linear" (adds the factors: has cross terms), "ties", "dare_ties", "dare_linear", "magnitude_prune" (of
+                the factors, pruned), or one of these four with "_svd" (of the updates, pruned; each is made, a layer at a time).
+            svd_rank: None: the largest of the adapters'.
+            svd_clamp: quantile that the values of SVD's factors are clamped to.
+            svd_full_matrices, svd_driver: PEFT's; the result does not depend on them here.
+            density: share of the values that pruning keeps, above 0 up to 1.
+            majority_sign_method: "total" or "frequency", for TIES.
+
+        Raises:
+            ValueError: an argument is out of range, an adapter is not there, trained modules whole, or its update is not a
+                product of two factors (DoRA, lora_bias). The model is then as it was.
+        """
+        from .combine import add_weighted_adapter
+
+        add_weighted_adapter(
+            self,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            svd_clamp,
+            density,
+            majority_sign_method,
+        )
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Let a LoRA adapter act ``scale`` times as strongly as its ``lora_alpha`` says, in every layer.
 
