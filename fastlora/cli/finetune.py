@@ -85,6 +85,14 @@ def finetune_command(
     r: Annotated[
         int, _option("--r", "--rank", "-r", group=_ADAPTER, help="Rank.")
     ] = FinetuneConfig.r,
+    trainable_share: Annotated[
+        str | None,
+        _option(
+            "--trainable-share",
+            group=_ADAPTER,
+            help="Instead of --r: the largest rank that trains no more than this share; 1% or 0.01.",
+        ),
+    ] = None,
     alpha: Annotated[
         float,
         _option("--alpha", group=_ADAPTER, help="Scaling is alpha / r (rslora: alpha / sqrt r)."),
@@ -149,6 +157,22 @@ def finetune_command(
             help="Evaluate every N steps too; 0: before and after only.",
         ),
     ] = FinetuneConfig.eval_every,
+    watch: Annotated[
+        str | None,
+        _option(
+            "--watch",
+            group=_DATA,
+            help="General text whose perplexity is reported beside the task's: what is forgotten.",
+        ),
+    ] = None,
+    unfreeze_over: Annotated[
+        float,
+        _option(
+            "--unfreeze-over",
+            group=_TRAINING,
+            help="Share of the run over which layers begin to train, last one first; 0: all at once.",
+        ),
+    ] = FinetuneConfig.unfreeze_over,
     gradient_checkpointing: Annotated[
         bool,
         _option(
@@ -225,6 +249,9 @@ def finetune_command(
     with told_errors(debug):
         if resume and overwrite:
             raise InputError("--resume and --overwrite exclude each other")
+        if {"r", "trainable_share"} <= given:
+            raise InputError("--r and --trainable-share exclude each other")
+        options["trainable_share"] = _share(trainable_share)
         config = _resumed(output, options, given) if resume else _fresh(options)
         config.validate()
         from ..training import finetune
@@ -236,6 +263,16 @@ def _on_the_command_line(context: typer.Context, name: str) -> bool:
     # By name: which click holds the enum, typer's own or the package, depends on the version.
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def _share(text: str | None) -> float | None:
+    """ "1%" or "0.01" as a number."""
+    if text is None:
+        return None
+    try:
+        return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise InputError(f"--trainable-share {text} is no number; give 1% or 0.01") from None
 
 
 def _fresh(options: dict[str, Any]) -> FinetuneConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +17,27 @@ FEW_DOCUMENTS = 10
 
 @dataclass(frozen=True)
 class Data:
-    """Blocks to train on and to evaluate on, and how many tokens they hold."""
+    """Blocks to train on, to evaluate on and to watch, and how many tokens they hold."""
 
     training: list[packing.Block]
     held_out: list[packing.Block]
     training_tokens: int
     held_out_tokens: int
+    watched: list[packing.Block] = dataclasses.field(default_factory=list)
 
     @property
     def shares_blocks(self) -> bool:
         """Whether some block holds more than one document."""
-        return any(len(block) > 1 for block in self.training + self.held_out)
+        return any(len(block) > 1 for block in self._all)
 
     @property
     def largest_id(self) -> int:
-        """The largest token id in either part."""
-        return max(
-            int(segment.ids.max()) for block in self.training + self.held_out for segment in block
-        )
+        """The largest token id in any part."""
+        return max(int(segment.ids.max()) for block in self._all for segment in block)
+
+    @property
+    def _all(self) -> list[packing.Block]:
+        return self.training + self.held_out + self.watched
 
 
 def prepare_data(config: FinetuneConfig, tokenizer: Any, display: Display) -> Data:
@@ -68,7 +72,13 @@ def prepare_data(config: FinetuneConfig, tokenizer: Any, display: Display) -> Da
             else [(part,) for part in segments]
         )
 
-    return Data(blocks(training), blocks(held_out), tokens, sum(map(len, held_out)))
+    watched: list[Document] = []
+    if config.watch is not None:
+        # General text is no task with answers: all of it counts.
+        watched = read_documents(config.watch, tokenizer, "all")
+        watched = packing.limit(_segments(watched, "watch", config, display), config.eval_tokens)
+    held_out_tokens = sum(map(len, held_out))
+    return Data(blocks(training), blocks(held_out), tokens, held_out_tokens, blocks(watched))
 
 
 def _segments(

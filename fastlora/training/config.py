@@ -38,7 +38,9 @@ class FinetuneConfig:
     ``model`` is a transformers directory or a .gguf file, ``data`` a .txt or .jsonl file. The run
     ends at the first of ``epochs``, ``max_steps`` and ``max_minutes`` (training time, evaluation
     before and after apart). ``target_modules`` is ``"all-linear"``, module names split by commas,
-    or ``"regex:..."``.
+    or ``"regex:..."``. ``watch`` is general text (.txt or .jsonl) whose perplexity is reported beside the held-out data's: what
+    the model forgets. ``trainable_share`` replaces ``r`` by the largest rank that trains no more than that share.
+    ``unfreeze_over``: share of the run over which layers begin to train one by one, from the output down.
     """
 
     model: str
@@ -47,6 +49,7 @@ class FinetuneConfig:
     eval_data: str | None = None
     method: str = "lora"
     r: int = 16
+    trainable_share: float | None = None
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: str = "all-linear"
@@ -56,6 +59,7 @@ class FinetuneConfig:
     eval_fraction: float = 0.05
     eval_tokens: int = 65536
     eval_every: int = 0
+    watch: str | None = None
     learning_rate: float = 2e-4
     schedule: str = "cosine"
     warmup: float = 0.03
@@ -63,6 +67,7 @@ class FinetuneConfig:
     grad_clip: float = 1.0
     batch_size: int = 4
     grad_accumulation: int = 1
+    unfreeze_over: float = 0.0
     epochs: float = 1.0
     max_steps: int | None = None
     max_minutes: float | None = None
@@ -108,6 +113,7 @@ class FinetuneConfig:
             ("dropout", 0.0, 0.999),
             ("eval_fraction", 0.0, 0.9),
             ("warmup", 0.0, 1.0),
+            ("unfreeze_over", 0.0, 1.0),
             ("weight_decay", 0.0, 1e3),
             ("grad_clip", 0.0, 1e9),
         ):
@@ -118,6 +124,10 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{option(name)} {value} must be a positive number")
+        if self.trainable_share is not None and not 0.0 < self.trainable_share < 1.0:
+            raise InputError(
+                f"--trainable-share {self.trainable_share:g} must be above 0 and below 1 (1% is 0.01)"
+            )
         if self.eval_data is None and self.eval_fraction == 0.0:
             raise InputError(
                 "--eval-fraction 0 leaves nothing held out: give --eval-data FILE, or a fraction above 0"
@@ -130,7 +140,7 @@ class FinetuneConfig:
     def to_json(self) -> dict[str, Any]:
         """As JSON values, paths made absolute so that a resume may start elsewhere."""
         values = dataclasses.asdict(self)
-        for name in ("model", "data", "output", "eval_data"):
+        for name in ("model", "data", "output", "eval_data", "watch"):
             if values[name] is not None:
                 values[name] = str(Path(values[name]).resolve())
         return values

@@ -29,6 +29,7 @@ from .errors import InputError, Interrupted, RunError
 from .packing import IGNORED, Batch, BatchOrder, Block, collate
 from .report import RunLog
 from .schedule import Horizon, lr_factor
+from .unfreezing import Unfreezing
 
 SAVED = "everything is saved, --resume continues"
 MAX_SKIPPED = 20  # fp16 steps in a row that overflowed before it is called divergence
@@ -131,6 +132,7 @@ class Trainer:
             ],
             lr=config.learning_rate,
         )
+        self.unfreezing = Unfreezing(self.parameters, config.unfreeze_over)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.order = BatchOrder(
             len(blocks), config.batch_size * config.grad_accumulation, config.seed
@@ -202,9 +204,9 @@ class Trainer:
             for i in range(0, len(chosen), config.batch_size)
         ]
         targets = sum(batch.targets for batch in batches)
-        lr = config.learning_rate * lr_factor(
-            self.horizon.progress(self.step, self.seconds), config.warmup, config.schedule
-        )
+        progress = self.horizon.progress(self.step, self.seconds)
+        self.unfreezing.at(progress)
+        lr = config.learning_rate * lr_factor(progress, config.warmup, config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.device)

@@ -98,7 +98,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 def run_facts(config: FinetuneConfig) -> dict[str, Any]:
     """What a run is, for ``run.json``: options, the data's digests, model files, versions."""
-    files = {"data": config.data, "eval_data": config.eval_data}
+    files = {"data": config.data, "eval_data": config.eval_data, "watch": config.watch}
     return {
         "config": config.to_json(),
         "sha256": {

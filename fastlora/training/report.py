@@ -108,15 +108,17 @@ def plot_curve(entries: list[Entry], path: Path, title: str) -> None:
             linewidth=2,
             label="training loss, smoothed",
         )
-    held_out = [
-        (entry["step"], entry["eval_loss"])
-        for entry in entries
-        if entry.get("eval_loss") is not None
-    ]
-    if held_out:
-        steps, losses = zip(*held_out, strict=True)
-        axes.plot(steps, losses, "o--", color="tab:orange", label="held-out loss")
-        for step, loss in held_out:
+    evaluated = False
+    for key, colour, label in (
+        ("eval_loss", "tab:orange", "held-out loss"),
+        ("watch_loss", "tab:green", "watched loss (general text)"),
+    ):
+        points = [(e["step"], e[key]) for e in entries if e.get(key) is not None]
+        if not points:
+            continue
+        evaluated = True
+        axes.plot(*zip(*points, strict=True), "o--", color=colour, label=label)
+        for step, loss in points:
             axes.annotate(
                 f"ppl {math.exp(min(loss, 700.0)):.4g}",
                 (step, loss),
@@ -129,7 +131,7 @@ def plot_curve(entries: list[Entry], path: Path, title: str) -> None:
     axes.set_ylabel("loss per token (nats)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    if train or held_out:
+    if train or evaluated:
         axes.legend()
     building = path.with_name(f".{path.name}.building.png")
     try:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..methods import LoraConfig
+from ..methods.budget import rank_for_share
 from ..models import PeftModel, get_peft_model
 from ..ops import backend as backend_of_choice
 from . import base
@@ -99,13 +100,13 @@ def _run(
     )
     display.say(
         f"model: {config.model} in {str(dtype).removeprefix('torch.')} on {device}, "
-        f"{config.method} r={config.r} alpha={config.alpha:g} on {config.target_modules}"
+        f"{config.method} {_rank(config)} alpha={config.alpha:g} on {config.target_modules}"
     )
     _seed(config.seed)
     # What is quantised is loaded on the CPU: in full precision it need not fit on the GPU.
     first = torch.device("cpu") if config.method == "qlora" else device
     model = base.load_model(config.model, dtype, first)
-    lm = base.CausalLM(_adapt(model, config, data, device), model)
+    lm = base.CausalLM(_adapt(model, config, data, device, display), model)
     if data.shares_blocks and not base.keeps_documents_apart(lm, device):
         display.warn(
             f"{type(model).__name__} lets the documents packed into a block see those before them; "
@@ -115,7 +116,9 @@ def _run(
     return Session(config, device, dtype, display, out, tokenizer, data, lm).go(resume)
 
 
-def _adapt(model: Any, config: FinetuneConfig, data: Data, device: torch.device) -> PeftModel:
+def _adapt(
+    model: Any, config: FinetuneConfig, data: Data, device: torch.device, display: Display
+) -> PeftModel:
     """Check that data and options fit the model, and add the adapter, on ``device``."""
     name = type(model).__name__
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -147,6 +150,9 @@ def _adapt(model: Any, config: FinetuneConfig, data: Data, device: torch.device)
             task_type="CAUSAL_LM",
             base_model_name_or_path=str(Path(config.model).resolve()),
         )
+        if config.trainable_share is not None:
+            lora.r = rank_for_share(model, lora, config.trainable_share)
+            display.say(f"rank {lora.r} trains at most {config.trainable_share:.2%} of the model")
         adapted = get_peft_model(model, lora, device=device)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"the adapter cannot be added to {config.model}: {error}") from error
@@ -154,6 +160,12 @@ def _adapt(model: Any, config: FinetuneConfig, data: Data, device: torch.device)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # an optimizer's small steps vanish in 16 bits
     return adapted
+
+
+def _rank(config: FinetuneConfig) -> str:
+    if config.trainable_share is None:
+        return f"r={config.r}"
+    return f"r for {config.trainable_share:.2%}"
 
 
 def _target_modules(wanted: str, model: torch.nn.Module) -> str | list[str]:

@@ -7,7 +7,7 @@ import errno
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from .display import Display, clock, peak_memory
 from .errors import RunError
 from .loop import SAVED, StopRequest, Trainer, mean_loss
 from .output import OutputDirectory
+from .packing import Block
 from .report import RunLog, plot_curve, write_json
 from .sample import Sampling, encode_prompt, generate
 
@@ -29,10 +30,13 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run, as in ``summary.json``. Perplexities are per token, on held-out text."""
+    """A finished run, as in ``summary.json``. Perplexities are per token, on held-out text; the watched ones on the general
+    text of ``--watch``, None without it."""
 
     perplexity_before: float
     perplexity_after: float
+    watched_perplexity_before: float | None
+    watched_perplexity_after: float | None
     steps: int
     tokens: int
     seconds: float
@@ -51,10 +55,15 @@ class Summary:
     sample_after: str | None
 
 
-class Session:
-    """One call of ``finetune`` once its model and data are there."""
+class Losses(NamedTuple):
+    """Mean losses per token in nats: of the held-out data, and of the watched text if there is some."""
 
-    """From the first evaluation to the summary: what is measured, saved and told."""
+    held_out: float
+    watched: float | None
+
+
+class Session:
+    """One call of ``finetune`` once its model and data are there: what is measured, saved and told."""
 
     def __init__(
         self,
@@ -76,7 +85,7 @@ class Session:
             lm, data.training, config, device, dtype, self.pad_id, self.log, display, self.stop
         )
         self.trained, self.total = lm.model.get_nb_trainable_parameters()
-        self.loss_before = math.nan
+        self.before = Losses(math.nan, None)
         self.sample_before: str | None = None
         self.exported_step = -1
 
@@ -108,20 +117,36 @@ class Session:
         if checkpoint is not None:
             self.trainer.restore(checkpoint)
             self.log.resume(checkpoint.step)
-            self.loss_before = checkpoint.state["loss_before"]
+            self.before = Losses(*checkpoint.state["losses_before"])
             self.sample_before = checkpoint.state["sample_before"]
             self.display.say(f"resuming from step {checkpoint.step}")
         else:
             self.log.resume(-1)
             self.sample_before = self._sample()
-            self.loss_before = self._evaluate("before training")
-        self.display.say(f"held-out perplexity before: {_perplexity(self.loss_before):.2f}")
+            self.before = self._evaluate("before training")
+        self._tell("before", self.before)
 
-    def _evaluate(self, when: str) -> float:
-        """The held-out loss now, logged; one already logged for this step is not computed again."""
+    def _tell(self, when: str, losses: Losses) -> None:
+        self.display.say(f"held-out perplexity {when}: {_perplexity(losses.held_out):.2f}")
+        if losses.watched is not None:
+            self.display.say(f"watched perplexity {when}: {_perplexity(losses.watched):.2f}")
+
+    def _evaluate(self, when: str) -> Losses:
+        """The losses now, logged; those already logged for this step are not computed again."""
         last = self.log.entries[-1] if self.log.entries else {}
         if last.get("step") == self.trainer.step and last.get("eval_loss") is not None:
-            return last["eval_loss"]
+            return Losses(last["eval_loss"], last.get("watch_loss"))
+        held_out = self._mean_loss(self.data.held_out, when)
+        entry = {"step": self.trainer.step, "eval_loss": held_out}
+        entry["perplexity"] = _perplexity(held_out)
+        watched = None
+        if self.data.watched:
+            watched = self._mean_loss(self.data.watched, when)
+            entry |= {"watch_loss": watched, "watch_perplexity": _perplexity(watched)}
+        self.log.add(entry)
+        return Losses(held_out, watched)
+
+    def _mean_loss(self, blocks: list[Block], when: str) -> float:
         self.display.start(f"evaluating {when}")
 
         def progress(done: float) -> None:
@@ -131,23 +156,22 @@ class Session:
             elif self.trainer.step == self.trainer.saved_step:  # else the loop stops, and saves
                 self.stop.check(f"stopped while evaluating {when}; {SAVED}")
 
-        loss = mean_loss(
-            self.lm, self.data.held_out, self.config.batch_size, self.device, self.pad_id, progress
-        )
+        config = self.config
+        loss = mean_loss(self.lm, blocks, config.batch_size, self.device, self.pad_id, progress)
         self.display.stop()
         if math.isnan(loss):
             raise RunError(
                 f"the held-out loss is NaN at step {self.trainer.step}: the model overflows in {self.dtype}, or its "
                 "weights are damaged; try --dtype float32 (or bfloat16)"
             )
-        self.log.add(
-            {"step": self.trainer.step, "eval_loss": loss, "perplexity": _perplexity(loss)}
-        )
         return loss
 
     def _evaluate_midway(self) -> None:
-        loss = self._evaluate("during training")
-        self.display.say(f"step {self.trainer.step}  held-out perplexity {_perplexity(loss):.2f}")
+        losses = self._evaluate("during training")
+        watched = "" if losses.watched is None else f", watched {_perplexity(losses.watched):.2f}"
+        self.display.say(
+            f"step {self.trainer.step}  held-out perplexity {_perplexity(losses.held_out):.2f}{watched}"
+        )
         self.display.start("training")
 
     def _sample(self) -> str | None:
@@ -162,7 +186,7 @@ class Session:
         step = self.trainer.step
         try:
             if self.trainer.saved_step != step:
-                extra = {"loss_before": self.loss_before, "sample_before": self.sample_before}
+                extra = {"losses_before": list(self.before), "sample_before": self.sample_before}
                 self.trainer.save(self.out.checkpoints, extra)
             if self.exported_step != step:
                 save_adapter(self.lm.model, self.out.adapter)
@@ -187,11 +211,13 @@ class Session:
             )
 
     def _finish(self) -> Summary:
-        loss_after = self._evaluate("after training")
+        before, after = self.before, self._evaluate("after training")
         trainer, out = self.trainer, self.out
         summary = Summary(
-            perplexity_before=_perplexity(self.loss_before),
-            perplexity_after=_perplexity(loss_after),
+            perplexity_before=_perplexity(before.held_out),
+            perplexity_after=_perplexity(after.held_out),
+            watched_perplexity_before=_perplexity_or_none(before.watched),
+            watched_perplexity_after=_perplexity_or_none(after.watched),
             steps=trainer.step,
             tokens=trainer.tokens,
             seconds=round(trainer.seconds, 3),
@@ -212,7 +238,7 @@ class Session:
             sample_after=self._sample(),
         )
         say = self.display.say
-        say(f"held-out perplexity after: {summary.perplexity_after:.2f}")
+        self._tell("after", after)
         say(
             f"{summary.steps} steps, {summary.tokens:,} tokens in {clock(summary.seconds)} "
             f"({summary.tokens_per_second:,.0f} tokens/s), peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB"
@@ -237,3 +263,7 @@ class Session:
 
 def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700.0 else math.inf
+
+
+def _perplexity_or_none(loss: float | None) -> float | None:
+    return None if loss is None else _perplexity(loss)
