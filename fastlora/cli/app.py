@@ -75,10 +75,12 @@ def _register() -> None:
     from .bench import bench_app
     from .finetune import finetune_command
     from .generate import generate_command
+    from .merge import merge_command
     from .quantize import quantize_command
 
     app.command("finetune")(finetune_command)
     app.command("generate")(generate_command)
+    app.command("merge")(merge_command)
     app.command("quantize")(quantize_command)
     app.add_typer(bench_app, name="bench")
 

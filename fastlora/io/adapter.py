@@ -266,6 +266,28 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    pairs = matching(model, adapter_name, tensors)
+    for entry, _ in pairs:
+        if _is_sharded(entry.tensor):
+            raise ValueError(f"{entry.key}: is sharded; load the adapter before fully_shard")
+        if entry.tensor.device.type == "meta":
+            raise ValueError(
+                f"{entry.key}: is on the meta device; give the model real parameters first "
+                "(to_empty)"
+            )
+    with torch.no_grad():
+        for entry, value in pairs:
+            entry.tensor.copy_(value)
+
+
+def matching(
+    model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]
+) -> list[tuple[AdapterTensor, Tensor]]:
+    """Every tensor of an adapter in ``model``, and its value in a file's ``tensors``; nothing is changed.
+
+    Raises:
+        ValueError: keys, shapes or dtypes do not fit.
+    """
     entries = _entries(model, adapter_name)
     entries |= {k: entry for k, entry in _embedding_entries(model).items() if k in tensors}
     tensors = {k: v for k, v in tensors.items() if k in entries or not _is_shadow(k, adapter_name)}
@@ -279,16 +301,7 @@ def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> No
             )
         if target.is_floating_point():
             check_value(key, value)
-        if _is_sharded(target):
-            raise ValueError(f"{entry.key}: is sharded; load the adapter before fully_shard")
-        if target.device.type == "meta":
-            raise ValueError(
-                f"{entry.key}: is on the meta device; give the model real parameters first "
-                "(to_empty)"
-            )
-    with torch.no_grad():
-        for key, entry in entries.items():
-            entry.tensor.copy_(tensors[key])
+    return [(entry, tensors[key]) for key, entry in entries.items()]
 
 
 def check_value(key: str, value: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..methods import LoraConfig
 from ..methods.matching import describe_experts, expert_parameters, quantizable
@@ -20,9 +18,7 @@ from ..quant import NF4Tensor
 from ..quant.checkpoint import open_checkpoint, write_weight
 from ..quant.conversion import Conversion, describe
 from .checkpoint import replacing_directory
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-_SHARD_BYTES = 4 << 30
+from .shards import SHARD_BYTES, Shards, copy_rest
 
 
 def quantize_checkpoint(
@@ -31,7 +27,7 @@ def quantize_checkpoint(
     block_size: int = 64,
     double_quant: bool = True,
     device: torch.device | str = "cpu",
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str], object] = lambda name: None,
 ) -> list[str]:
     """Write the transformers causal language model in ``source`` to ``target`` with its linears in NF4.
@@ -73,7 +69,7 @@ def quantize_checkpoint(
         stored = _stored_linears(source, model, where)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing_directory(target) as folder:
-            shards = _Shards(folder, shard_bytes)
+            shards = Shards(folder, shard_bytes)
             for key, read in where.items():
                 if key in stored:
                     weight = NF4Tensor.quantize(read(key), block_size, double_quant)
@@ -84,10 +80,7 @@ def quantize_checkpoint(
             shards.finish()
             raw["quantization_config"] = _how(config, double_quant)
             (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-            for path in source.iterdir():
-                weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-                if path.is_file() and not weights and path.name != "config.json":
-                    shutil.copyfile(path, folder / path.name)
+            copy_rest(source, folder)
     return list(stored.values())
 
 
@@ -139,42 +132,3 @@ def _how(config: Any, double_quant: bool) -> dict[str, Any]:
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
     }
-
-
-class _Shards:
-    """Files of at most about ``most`` bytes, and their index if they are several."""
-
-    def __init__(self, folder: Path, most: int) -> None:
-        self._folder, self._most = folder, most
-        self._now: dict[str, Tensor] = {}
-        self._files: list[list[str]] = []
-        self._bytes = self._total = 0
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        size = sum(t.nbytes for t in tensors.values())
-        if self._now and self._bytes + size > self._most:
-            self._write()
-        self._now |= tensors
-        self._bytes += size
-        self._total += size
-
-    def _write(self) -> None:
-        contiguous = {key: t.contiguous() for key, t in self._now.items()}
-        save_file(contiguous, self._folder / f"{len(self._files)}.part", {"format": "pt"})
-        self._files.append(list(self._now))
-        self._now, self._bytes = {}, 0
-
-    def finish(self) -> None:
-        self._write()
-        count = len(self._files)
-        weight_map: dict[str, str] = {}
-        for i, keys in enumerate(self._files):
-            name = (
-                f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
-            )
-            (self._folder / f"{i}.part").rename(self._folder / name)
-            weight_map |= dict.fromkeys(keys, name)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2) + "\n"
-            (self._folder / "model.safetensors.index.json").write_text(text)
