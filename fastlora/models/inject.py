@@ -114,12 +114,13 @@ class Injection(Generic[Config]):
 
     def _resolve_heads(self) -> None:
         config, model = self.config, self.model
+        # A file that PEFT wrote names all of them, though a model has one.
+        self._optional_copies = set(TASK_HEADS.get(config.task_type or "", ()))
         heads = [
             name
             for name in TASK_HEADS.get(config.task_type or "", ())
             if name not in (config.modules_to_save or [])
         ]
-        self._optional_copies = set(heads)
         if heads:
             config.modules_to_save = [*(config.modules_to_save or []), *heads]
         name = getattr(model, "name_or_path", None)

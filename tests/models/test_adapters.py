@@ -285,3 +285,21 @@ def test_over_four_bits_and_wrapped_linears() -> None:
     model.delete_adapter("default")
     with pytest.raises(ValueError, match="default"):
         model.set_adapter("default")
+
+
+def test_a_classifier_that_stock_peft_saved(tmp_path: Path) -> None:
+    """Its file names every head there could be."""
+    from transformers import LlamaForSequenceClassification
+
+    config = tiny_llama().config
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(config).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task_type="SEQ_CLS"))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = fastlora.load_adapter(base, tmp_path)
+    ids = some_ids()
+    close(logits(ours, ids), logits(theirs.eval(), ids))
