@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Public name -> the module that holds it. Loaded on first use, so that an import costs torch and nothing else.
 _EXPORTS = {
     "lora_linear": "functional",
+    "lora_linear_segments": "functional",
     "qlora_linear": "functional",
     "backend": "ops",
     "explain": "layers",
@@ -39,7 +40,7 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from ._counters import launches, reset_launches
     from ._library import build_info
-    from .functional import lora_linear, qlora_linear
+    from .functional import lora_linear, lora_linear_segments, qlora_linear
     from .io import hotswap_adapter, load_adapter, prepare_hotswap, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
     from .methods import LoraConfig, PeftConfig
@@ -73,6 +74,7 @@ __all__ = [
     "load_adapter",
     "load_quantized",
     "lora_linear",
+    "lora_linear_segments",
     "prepare_hotswap",
     "qlora_linear",
     "reset_launches",

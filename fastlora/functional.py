@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from . import rng
+from . import ops, rng
 from ._autocast import autocast_dtype
-from .autograd import LoraLinearFunction
+from .autograd import LoraLinearFunction, LoraLinearSegmentsFunction
 from .ops.support import MAX_RANK
 from .quant import NF4Tensor
 from .quant.bitsandbytes import Packed
@@ -52,15 +54,7 @@ def lora_linear(
         RuntimeError: ``weight`` requires grad; or, in backward, a second derivative is asked for.
     """
     dtype = _compute_dtype(x, weight)
-    if weight.ndim != 2:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}; accepted is [N, K], as in nn.Linear"
-        )
-    if weight.requires_grad:
-        raise RuntimeError(
-            "weight: requires grad, but the low-rank update is trained beside a frozen weight; call "
-            "weight.requires_grad_(False) (fastlora.get_peft_model does it for a whole model)"
-        )
+    _check_weight(weight)
     _check(x, weight.shape, weight.device, lora_a, lora_b, scaling, bias, dtype)
     keep, rng_state = _dropout(dropout_p, training, x)
     y: Tensor = LoraLinearFunction.apply(
@@ -143,6 +137,73 @@ def packed_linear(
     return y if x.ndim == 2 else y.view(*x.shape[:-1], qweight.shape[0])
 
 
+def lora_linear_segments(
+    x: Tensor,
+    weight: Tensor | NF4Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    offsets: Tensor,
+    scalings: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``lora_linear`` or ``qlora_linear`` whose rows use different adapters, or none, in inference and training.
+
+    ``y = x W^T + bias + scalings[e] * dropout(x) lora_a[e]^T lora_b[e]^T`` in rows ``offsets[e]`` to ``offsets[e + 1]``;
+    without the last term in rows before ``offsets[0]`` and from ``offsets[E]`` on. On Triton there is no loop over
+    adapters and nothing waits for the device: a CUDA graph may be replayed with other offsets. The torch backend loops,
+    and on a GPU waits for offsets.
+
+    Args:
+        x: input [..., K], whose leading dimensions are taken as M rows in order; dtypes as in ``lora_linear``
+            (``qlora_linear`` over a 4-bit weight).
+        weight: frozen weight [N, K], a ``fastlora.NF4Tensor``, or None: y is the last term alone.
+        lora_a: [E, r, K] in x's dtype or float32; 0 <= r <= 512. Its gradient comes in its own dtype, zero where an
+            adapter has no rows.
+        lora_b: [E, N, r], likewise.
+        offsets: integers [E + 1] on x's device that never decrease, from 0 to M. Wrong values raise ValueError on the
+            CPU; on a GPU they are clamped there to 0..M and to what came before them.
+        scalings: a float, or a tensor [E] on x's device (read there).
+        bias: [N] or None, as in ``lora_linear``; None where weight is.
+        dropout_p, training: as in ``lora_linear``.
+
+    Returns:
+        y [..., N] in the compute dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
+        RuntimeError: ``weight`` requires grad; or, in backward, a second derivative is asked for.
+    """
+    base: Tensor | None
+    form: tuple[object, ...] = ()
+    if isinstance(weight, NF4Tensor):
+        dtype = _compute_dtype(x, None, _QUANTIZED_DTYPES)
+        base, form = weight.codes, (weight.form, *weight.scales)
+    else:
+        dtype, base = _compute_dtype(x, weight), weight
+        if weight is not None:
+            _check_weight(weight)
+    count = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.ndim == 3 else "E"
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias: got one where weight is None; accepted is None: add it to y")
+        if not isinstance(lora_b, Tensor) or lora_b.ndim != 3:
+            got = tuple(lora_b.shape) if isinstance(lora_b, Tensor) else type(lora_b).__name__
+            raise ValueError(f"lora_b: got {got}; accepted is a tensor [E, N, r]")
+        shape, device = torch.Size((lora_b.shape[1], x.shape[-1] if x.ndim else 0)), x.device
+    else:
+        shape, device = weight.shape, weight.device
+    _check(x, shape, device, lora_a, lora_b, scalings, bias, dtype, (count,))
+    _check_offsets(offsets, count, x.device)
+    bounds = ops.segment_bounds(offsets, math.prod(x.shape[:-1]))
+    keep, rng_state = _dropout(dropout_p, training, x)
+    y: Tensor = LoraLinearSegmentsFunction.apply(
+        x, base, lora_a, lora_b, bounds, scalings, bias, keep, rng_state, dtype, *form
+    )
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], shape[0])
+
+
 def _dropout(p: float, training: bool, x: Tensor) -> tuple[int, Tensor | None]:
     """(keep threshold, a fresh state where something is dropped)."""
     keep = rng.keep_threshold(p)
@@ -151,18 +212,35 @@ def _dropout(p: float, training: bool, x: Tensor) -> tuple[int, Tensor | None]:
     return keep, rng.draw_state(x.device) if 0 < keep < rng.KEEP_ALL else None
 
 
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def _check_weight(weight: Tensor) -> None:
+    if weight.ndim != 2:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}; accepted is [N, K], as in nn.Linear"
+        )
+    if weight.requires_grad:
+        raise RuntimeError(
+            "weight: requires grad, but the low-rank update is trained beside a frozen weight; call "
+            "weight.requires_grad_(False) (fastlora.get_peft_model does it for a whole model)"
+        )
+
+
+def _compute_dtype(
+    x: Tensor, weight: Tensor | None, accepted: tuple[torch.dtype, ...] = _DTYPES
+) -> torch.dtype:
+    """Autocast's dtype, or else x's, which weight's must be where there is one."""
     for name, value in (("x", x), ("weight", weight)):
+        if name == "weight" and value is None:
+            continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}; accepted is a torch.Tensor")
-        if value.dtype not in _DTYPES:  # autocast must not turn quantised codes into numbers
+        if value.dtype not in accepted:  # autocast must not turn quantised codes into numbers
             raise ValueError(
-                f"{name}: got {value.dtype}; accepted are {', '.join(map(str, _DTYPES))}"
+                f"{name}: got {value.dtype}; accepted are {', '.join(map(str, accepted))}"
             )
     wanted = autocast_dtype(x.device)
     if wanted is not None and x.dtype != torch.float64:  # which autocast leaves alone
         return wanted
-    if x.dtype != weight.dtype:
+    if weight is not None and x.dtype != weight.dtype:
         raise ValueError(
             f"x: got {x.dtype} where weight is {weight.dtype}; accepted is one dtype for both: cast x with "
             f"x.to({weight.dtype}), or run under torch.autocast({x.device.type!r})"
@@ -179,7 +257,9 @@ def _check(
     scaling: float | Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    stack: tuple[int | str, ...] = (),
 ) -> None:
+    """``stack`` is what comes before the factors' own dimensions, and all that scalings have."""
     n, k = shape
     sizes: tuple[object, ...]
     if x.ndim < 1 or x.shape[-1] != k:
@@ -193,10 +273,11 @@ def _check(
         )
     # Autocast casts whatever it meets; without it, only fp32 master weights may differ from x.
     accepted = (dtype, torch.float32) if autocast_dtype(x.device) is None else _DTYPES
-    rank = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.ndim == 2 else "r"
+    known = isinstance(lora_a, Tensor) and lora_a.ndim == len(stack) + 2
+    rank = lora_a.shape[-2] if known else "r"
     for name, value, sizes in (
-        ("lora_a", lora_a, (rank, k)),
-        ("lora_b", lora_b, (n, rank)),
+        ("lora_a", lora_a, (*stack, rank, k)),
+        ("lora_b", lora_b, (*stack, n, rank)),
         ("bias", bias, (n,)),
     ):
         if value is None and name == "bias":
@@ -217,20 +298,35 @@ def _check(
         raise ValueError(f"weight: is on {device}, x on {x.device}; {_to(device, x.device)}")
     if isinstance(rank, int) and rank > MAX_RANK:
         raise ValueError(f"lora_a: got rank {rank}; accepted are 0 to {MAX_RANK}")
+    name, kind = ("scalings", f"tensor of shape {stack}") if stack else ("scaling", "0-d tensor")
     if isinstance(scaling, Tensor):
         if (
-            scaling.ndim != 0
+            tuple(scaling.shape) != stack
             or scaling.device != x.device
             or scaling.requires_grad
             or scaling.is_complex()
         ):
             raise ValueError(
-                f"scaling: got a tensor of shape {tuple(scaling.shape)} on {scaling.device} (requires_grad="
-                f"{scaling.requires_grad}); accepted is a float, or a real 0-d tensor on {x.device} that needs no grad"
+                f"{name}: got a tensor of shape {tuple(scaling.shape)} on {scaling.device} (requires_grad="
+                f"{scaling.requires_grad}); accepted is a float, or a real {kind} on {x.device} that needs no grad"
             )
     elif not isinstance(scaling, (int, float)):
-        raise TypeError(
-            f"scaling: got {type(scaling).__name__}; accepted is a float or a 0-d tensor"
+        raise TypeError(f"{name}: got {type(scaling).__name__}; accepted is a float or a {kind}")
+
+
+def _check_offsets(offsets: Tensor, count: int | str, device: torch.device) -> None:
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets: got {type(offsets).__name__}; accepted is a torch.Tensor")
+    wanted = f"int64 or int32 of shape ({count} + 1,), for lora_a has {count} adapters"
+    if offsets.dtype not in (torch.int64, torch.int32) or offsets.ndim != 1:
+        raise ValueError(
+            f"offsets: got {offsets.dtype} of shape {tuple(offsets.shape)}; accepted are {wanted}"
+        )
+    if offsets.shape[0] - 1 != count:
+        raise ValueError(f"offsets: got shape {tuple(offsets.shape)}; accepted are {wanted}")
+    if offsets.device != device:
+        raise ValueError(
+            f"offsets: is on {offsets.device}, x on {device}; {_to(offsets.device, device)}"
         )
 
 

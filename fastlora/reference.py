@@ -7,9 +7,14 @@ are the ``torch`` backend. Shapes: x [M, K], w [N, K], lora_a [r, K], lora_b [N,
     gemm   y  = x w^T + bias + drop(h l^T)        [M, N]
     wgrad  dA = g^T drop(x) [r, K],  dB = dy^T h [N, r],  dbias = sum_m dy [N]
     mask   the dropout mask of ``fastlora.rng``, as words that the other three take
+
+``segment_*`` are the same for runs of rows with a factor of their own: l [E, ., .], segment e of rows bounds[e] to
+bounds[e + 1]. They loop over segments, and on a GPU wait for bounds.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -127,6 +132,77 @@ def wgrad(
     return d_a, d_b, d_bias
 
 
+# ---- segments: rows bounds[e]..bounds[e + 1] have the factors e ----------------------------------------------
+
+
+def segment_bounds(offsets: Tensor, rows: int) -> Tensor:
+    """Offsets of any values -> int32 of 0..rows that never decrease: what every kernel goes by."""
+    return offsets.long().clamp(0, rows).cummax(0).values.to(torch.int32)
+
+
+def _segments(bounds: Tensor) -> list[tuple[int, slice]]:
+    """(e, its rows) of the segments that have any."""
+    pairs = enumerate(itertools.pairwise(bounds.tolist()))
+    return [(e, slice(begin, end)) for e, (begin, end) in pairs if begin < end]
+
+
+def segment_down(
+    x: Tensor,
+    l: Tensor,
+    bounds: Tensor,
+    scalings: Tensor | None,
+    scale: float,
+    words: Tensor | None = None,
+) -> Tensor:
+    """h = scale * [scalings[e]] * drop(x) l[e]^T, l [E, r, K]: [M, r], zero in rows of no segment."""
+    h = x.new_zeros(x.shape[0], l.shape[1])
+    dropped = _drop(x, words)
+    for e, rows in _segments(bounds):
+        h[rows] = down(dropped[rows], l[e], None if scalings is None else scalings[e], scale)
+    return h
+
+
+def segment_up(
+    h: Tensor, l: Tensor, bounds: Tensor, words: Tensor | None = None, y: Tensor | None = None
+) -> Tensor:
+    """y += drop(h l[e]^T), l [E, N, r], in place; without y the term alone, zero in rows of no segment: [M, N]."""
+    if y is None:
+        y = h.new_zeros(h.shape[0], l.shape[1])
+    kept = None if words is None else unpack_mask(words, *y.shape)
+    for e, rows in _segments(bounds):
+        low = h[rows] @ l[e].to(h.dtype).t()
+        y[rows] += low if kept is None else torch.where(kept[rows], low, 0)
+    return y
+
+
+def segment_wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    h: Tensor | None,
+    bounds: Tensor,
+    words: Tensor | None,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA [E, r, K], dB [E, N, r]) of each segment's rows, zero where it has none; None where their inputs are."""
+    count = bounds.shape[0] - 1
+    d_a = d_b = None
+    if x is not None and g is not None:
+        d_a = x.new_zeros(count, g.shape[1], x.shape[1], dtype=dtype_a)
+        x = _drop(x, words)
+    if dy is not None and h is not None:
+        d_b = dy.new_zeros(count, dy.shape[1], h.shape[1], dtype=dtype_b)
+    for e, rows in _segments(bounds):
+        cut_x, cut_g, cut_dy, cut_h = (None if t is None else t[rows] for t in (x, g, dy, h))
+        a_e, b_e, _ = wgrad(cut_x, cut_g, cut_dy, cut_h, None, dtype_a, dtype_b, None)
+        if d_a is not None and a_e is not None:
+            d_a[e] = a_e
+        if d_b is not None and b_e is not None:
+            d_b[e] = b_e
+    return d_a, d_b
+
+
 # ---- public functions ----------------------------------------------------------------------------------------
 
 
@@ -147,6 +223,33 @@ def lora_linear(
     dropped = x if mask is None else torch.where(mask, x, 0) * rng.keep_scale(keep)
     base = torch.nn.functional.linear(x, weight, bias)
     return base + (dropped @ lora_a.to(x.dtype).t()) @ lora_b.to(x.dtype).t() * scaling
+
+
+def lora_linear_segments(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    offsets: Tensor,
+    scalings: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    keep: int = rng.KEEP_ALL,
+) -> Tensor:
+    """``fastlora.lora_linear_segments`` by its formula, likewise."""
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = flat if mask is None else torch.where(mask, flat, 0) * rng.keep_scale(keep)
+    low = dropped.new_zeros(flat.shape[0], lora_b.shape[1])
+    parts, end = [], 0
+    for e, rows in _segments(offsets):
+        scaling = scalings[e] if isinstance(scalings, Tensor) else scalings
+        part = (dropped[rows] @ lora_a[e].to(x.dtype).t()) @ lora_b[e].to(x.dtype).t() * scaling
+        parts += [low[end : rows.start], part]
+        end = rows.stop
+    y = torch.cat([*parts, low[end:]])
+    if weight is not None:
+        y = y + torch.nn.functional.linear(flat, weight, bias)
+    return y.view(*x.shape[:-1], lora_b.shape[1])
 
 
 # ---- NF4 (QLoRA, arXiv 2305.14314; laid out as bitsandbytes stores it) ---------------------------------------

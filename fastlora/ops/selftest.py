@@ -7,7 +7,7 @@ import time
 import torch
 
 from .. import reference
-from . import nf4, raw, support
+from . import nf4, raw, segments, support
 
 
 def _error(got: torch.Tensor, truth: torch.Tensor) -> float:
@@ -52,6 +52,38 @@ def _dequantize(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tens
     return float((got != truth).sum())
 
 
+def _segments(rows: int, device: torch.device) -> torch.Tensor:
+    """Two segments and rows of none before and behind them."""
+    return torch.tensor([rows // 5, rows // 2, rows - 3], dtype=torch.int32, device=device)
+
+
+def _segment_bounds(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    offsets = _segments(x.shape[0], x.device)
+    return float((segments.segment_bounds(offsets, x.shape[0]) != offsets).sum())
+
+
+def _segment_down(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    bounds, l = _segments(x.shape[0], x.device), torch.stack((a, -2 * a))
+    truth = reference.segment_down(x.double(), l.double(), bounds, None, 0.5)
+    return _error(segments.segment_down(x, l, bounds, scale=0.5), truth)
+
+
+def _segment_up(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    bounds, l = _segments(x.shape[0], x.device), torch.stack((b, -2 * b))
+    h, y = x[:, : b.shape[1]].contiguous(), x @ w.t()
+    truth = reference.segment_up(h.double(), l.double(), bounds, y=y.double())
+    return _error(segments.segment_up(h, l, bounds, y=y), truth)
+
+
+def _segment_wgrad(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    bounds, g = _segments(x.shape[0], x.device), x[:, : a.shape[0]].contiguous()
+    f64 = torch.float64
+    truth, _ = reference.segment_wgrad(x.double(), g.double(), None, None, bounds, None, f64, f64)
+    assert truth is not None
+    got, _ = segments.segment_wgrad(x, g, None, None, bounds, None, torch.float32, torch.float32)
+    return _error(got, truth)
+
+
 _CHECKS = {
     "mask": _mask,
     "down": _down,
@@ -59,6 +91,10 @@ _CHECKS = {
     "wgrad": _wgrad,
     "quantize": _quantize,
     "dequantize": _dequantize,
+    "segment_bounds": _segment_bounds,
+    "segment_down": _segment_down,
+    "segment_up": _segment_up,
+    "segment_wgrad": _segment_wgrad,
 }
 
 

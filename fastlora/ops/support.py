@@ -19,7 +19,8 @@ import torch
 
 from .. import _library, switches
 
-OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize")
+SEGMENT_OPS = ("segment_bounds", "segment_down", "segment_up", "segment_wgrad")
+OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize", *SEGMENT_OPS)
 BACKENDS = ("cuda", "triton", "torch")
 MAX_RANK = 512
 

@@ -69,6 +69,42 @@ def wgrad(
         return reference.wgrad(x, g, dy, h, *rest)
 
 
+def segment_bounds(offsets: Tensor, rows: int) -> Tensor:
+    """``reference.segment_bounds``."""
+    count("segment_bounds", "torch")
+    return reference.segment_bounds(offsets, rows)
+
+
+def segment_down(
+    x: Tensor,
+    l: Tensor,
+    bounds: Tensor,
+    scalings: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+) -> Tensor:
+    """``reference.segment_down`` with the mask it needs."""
+    words = None if rng_state is None else mask(rng_state, x.shape[0], x.shape[1], keep)
+    count("segment_down", "torch")
+    with _autocast_off(x):
+        return reference.segment_down(x, l, bounds, scalings, scale, words)
+
+
+def segment_up(h: Tensor, *rest: Any) -> Tensor:
+    """``reference.segment_up``."""
+    count("segment_up", "torch")
+    with _autocast_off(h):
+        return reference.segment_up(h, *rest)
+
+
+def segment_wgrad(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    """``reference.segment_wgrad``."""
+    count("segment_wgrad", "torch")
+    with _autocast_off(arguments[4]):  # bounds, which are always given
+        return reference.segment_wgrad(*arguments)
+
+
 def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """``reference.quantize_nf4``, by the op library where it is built for the device."""
     count("quantize", "torch")

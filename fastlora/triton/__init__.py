@@ -6,6 +6,23 @@ from .gemm import gemm
 from .mask import mask
 from .nf4 import dequantize, quantize
 from .nf4_linear import dx as nf4_dx
+from .segment_wgrad import wgrad as segment_wgrad
+from .segments import bounds as segment_bounds
+from .segments import down as segment_down
+from .segments import up as segment_up
 from .wgrad import wgrad
 
-__all__ = ["dequantize", "down", "gemm", "mask", "nf4_dx", "nf4_linear", "quantize", "wgrad"]
+__all__ = [
+    "dequantize",
+    "down",
+    "gemm",
+    "mask",
+    "nf4_dx",
+    "nf4_linear",
+    "quantize",
+    "segment_bounds",
+    "segment_down",
+    "segment_up",
+    "segment_wgrad",
+    "wgrad",
+]

@@ -18,7 +18,17 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.ops import Form
-from fastlora.triton import down, gemm, launch, nf4_linear, wgrad
+from fastlora.triton import (
+    down,
+    gemm,
+    launch,
+    nf4_linear,
+    segment_bounds,
+    segment_down,
+    segment_up,
+    segment_wgrad,
+    wgrad,
+)
 
 NAMES = {
     torch.bfloat16: "bf16",
@@ -115,9 +125,27 @@ def main() -> None:
             odd = empty(128, 4098, dtype=dtype)
             nf4_linear.forward(odd, *weight, h[:128], b, None)
             nf4_linear.dx(x[:128], *weight, h[:128], empty(r, 4098, dtype=factors))
+        elif op == "segments":
+            count = 64
+            offsets, scalings = empty(count + 1, dtype=torch.int64), empty(count, dtype=fp32)
+            bounds = empty(count + 1, dtype=torch.int32)
+            segment_bounds(offsets, m)
+            a, b = (f.expand(count, *f.shape) for f in (a, b))
+            segment_down(x, a, bounds, scalings, 0.5, None, 65536)
+            segment_down(x, b.transpose(1, 2), bounds, None, 0.5, None, 65536)
+            segment_down(x, a, bounds, None, 0.5, state, 62256)
+            segment_up(h, b, bounds, None, x)
+            segment_up(h, b, bounds, None, None)
+            segment_up(h, a.transpose(1, 2), bounds, words, x)
+            segment_wgrad(x, h, x, h, bounds, None, factors, factors)
+            segment_wgrad(x, h, None, None, bounds, words, factors, factors)
         else:
             wgrad(x, h, x, h, words, factors, factors, None)
             wgrad(x, h, x, h, None, factors, factors, factors)
+    if op == "segments":
+        few = x[:32], a, bounds, scalings, 0.5, None, 65536
+        segment_down(*few)
+        segment_up(h[:32], b, bounds, None, x[:32])
     if op == "gemm":
         gemm(x, w, None, None, None, None)
         for rows in (1, 64, 256):  # the few-row tiles

@@ -17,7 +17,12 @@ SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # 
 @pytest.mark.parametrize(
     ("op", "capability", "dtype"),
     [
-        *((op, cap, "bfloat16") for op in ("down", "gemm", "nf4", "wgrad") for cap in SHARED),
+        *(
+            (op, cap, "bfloat16")
+            for op in ("down", "gemm", "nf4", "segments", "wgrad")
+            for cap in SHARED
+        ),
+        ("segments", 90, "float32"),
         ("nf4", 80, "float16"),
         ("nf4", 90, "float16"),
     ],

@@ -1,0 +1,337 @@
+"""Segments: runs of rows with a low-rank factor of their own. down and up; wgrad is in segment_wgrad.py.
+
+    bounds  b = cummax(clamp(offsets, 0, M)), int32 [E + 1]: rows b[e]..b[e + 1] are segment e's
+    down    h = scale * [scalings[e]] * drop(x) l_e^T        [M, r], zero where a row has no segment
+    up      y += drop(h l_e^T), in place, or y = drop(h l_e^T)  [M, N]
+
+Rows are cut into blocks of a fixed length, and blocks where segments begin: each piece is an item. There are never more
+than ``count_items``, whatever the offsets hold, so grids are fixed by shapes; an item past the end, or an empty one, exits
+at once. ``locate`` finds an item's rows from b alone: the pieces of segment e begin at item e + 1 + b[e] // length, for
+every block edge and every bound begins one. Items 0 and on are the rows before b[0], those of number E the rows after b[E].
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._counters import count
+from ..rng import philox_calls
+from . import launch
+from .dot import dot_add, lost_bits
+from .down import sum_splits
+from .gemm import add_low_rank, load_tile
+from .mask import expand, load_words, make_words
+
+
+@triton.jit
+def _bounds_kernel(offsets, bounds, M, E, BE: tl.constexpr, CHAIN: tl.constexpr):
+    launch.enter_chain(CHAIN)
+    highest = tl.zeros((BE,), tl.int32)
+    for e0 in range(0, E + 1, BE):
+        e = e0 + tl.arange(0, BE)
+        given = tl.load(offsets + e, mask=e <= E, other=0).to(tl.int64)
+        clamped = tl.minimum(tl.maximum(given, 0), M).to(tl.int32)
+        clamped = tl.maximum(tl.associative_scan(clamped, 0, _larger), highest)
+        tl.store(bounds + e, clamped, mask=e <= E)
+        highest = tl.zeros((BE,), tl.int32) + tl.max(clamped, axis=0)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def count_up_to(bounds, row, E, BE: tl.constexpr):
+    """How many bounds are at most ``row``."""
+    found = tl.zeros((BE,), tl.int32)
+    for e0 in range(0, E + 1, BE):
+        e = e0 + tl.arange(0, BE)
+        b = tl.load(bounds + e, mask=e <= E, other=0)
+        found += ((b <= row) & (e <= E)).to(tl.int32)
+    return tl.sum(found, axis=0)
+
+
+@triton.jit
+def span(bounds, segment, M, E):
+    """The rows (begin, end) of a segment; -1 and E are those without one."""
+    begin = tl.load(bounds + segment, mask=segment >= 0, other=0)
+    end = tl.load(bounds + segment + 1, mask=segment < E, other=M)
+    return begin, end
+
+
+@triton.jit
+def locate(bounds, item, M, E, length, BE: tl.constexpr):
+    """(segment, its rows begin..end, the item's rows first..last) of an item; last <= first where it is empty."""
+    passed = tl.zeros((BE,), tl.int32)
+    for e0 in range(0, E + 1, BE):
+        e = e0 + tl.arange(0, BE)
+        b = tl.load(bounds + e, mask=e <= E, other=0)
+        passed += ((e + 1 + b // length <= item) & (e <= E)).to(tl.int32)
+    segment = tl.sum(passed, axis=0) - 1
+    begin, end = span(bounds, segment, M, E)
+    edge = tl.cast(item - segment - 1, tl.int64) * length
+    first = tl.minimum(tl.maximum(edge, begin), end).to(tl.int32)
+    last = tl.minimum(edge + length, end).to(tl.int32)
+    return segment, begin, end, first, last
+
+
+@triton.jit(do_not_specialize=["keep"])
+def _segment_down_kernel(
+    x, l, out, bounds, scalings, rng_state,
+    M, E, K, R, stride_xm, stride_xk, stride_le, stride_lr, stride_lk, stride_os,
+    scale, run, keep,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr,
+    EVEN_K: tl.constexpr, DROP: tl.constexpr, CALLS: tl.constexpr, SCALINGS: tl.constexpr, PRECISION: tl.constexpr,
+    CHAIN: tl.constexpr,
+):  # fmt: skip
+    launch.enter_chain(CHAIN)
+    segment, _, _, first, last = locate(bounds, tl.program_id(0), M, E, BM, BE)
+    if first >= last:
+        return
+    rank0 = tl.program_id(1) * BR
+    split = tl.program_id(2)
+    row0 = first // BM * BM
+    m = row0 + tl.arange(0, BM)
+    r = rank0 + tl.arange(0, BR)
+    k = tl.arange(0, BK)
+    begin = split * run
+    end = begin + tl.minimum(run, K - begin)
+    if (segment < 0) | (segment >= E):
+        end = begin  # nothing to read: the rows get zeros
+
+    mine = ((m >= first) & (m < last))[:, None]
+    live = (r < R)[None, :]
+    x_rows = x + m.to(tl.int64)[:, None] * stride_xm
+    l_rows = l + tl.cast(segment, tl.int64) * stride_le + r.to(tl.int64)[None, :] * stride_lr
+    acc = tl.zeros((BM, BR), tl.float32)
+    lost = lost_bits(acc, x.dtype.element_ty)
+    for k0 in range(begin, end, BK):
+        cols = (k0 + k).to(tl.int64)
+        if EVEN_K:
+            x_tile = tl.load(x_rows + cols[None, :] * stride_xk, mask=mine, other=0.0)
+            l_tile = tl.load(l_rows + cols[:, None] * stride_lk, mask=live, other=0.0)
+        else:
+            inside = cols < end
+            x_tile = tl.load(
+                x_rows + cols[None, :] * stride_xk, mask=mine & inside[None, :], other=0.0
+            )
+            l_tile = tl.load(
+                l_rows + cols[:, None] * stride_lk, mask=live & inside[:, None], other=0.0
+            )
+        if DROP:
+            kept = expand(make_words(rng_state, keep, row0, k0, BM, BK, CALLS), BM, BK)
+            x_tile = tl.where(kept, x_tile, 0.0)
+        acc, lost = dot_add(x_tile, l_tile.to(x_tile.dtype), acc, lost, PRECISION)
+
+    if SCALINGS:
+        scale = scale * tl.load(
+            scalings + segment, mask=(segment >= 0) & (segment < E), other=0.0
+        ).to(tl.float32)
+    here = out + split.to(tl.int64) * stride_os + m.to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(here, (acc * scale).to(out.dtype.element_ty), mask=mine & live)
+
+
+@triton.jit
+def _segment_up_kernel(
+    y, h, l, bounds, words,
+    M, E, N, R, stride_ym, stride_hm, stride_hr, stride_le, stride_ln, stride_lr, pitch,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, BE: tl.constexpr,
+    ADD: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    launch.enter_chain(CHAIN)
+    # The last rows come first: of a y that was just written they are the likeliest to lie in L2 still.
+    blocks_n = tl.cdiv(N, BN)
+    task = tl.num_programs(0) - 1 - tl.program_id(0)
+    col0 = task % blocks_n * BN
+    segment, _, _, first, last = locate(bounds, task // blocks_n, M, E, BM, BE)
+    if first >= last:
+        return
+    has_factor = (segment >= 0) & (segment < E)
+    if ADD & (not has_factor):
+        return
+    row0 = first // BM * BM
+    m = row0 + tl.arange(0, BM)
+    n = col0 + tl.arange(0, BN)
+    mine = ((m >= first) & (m < last))[:, None] & (n < N)[None, :]
+    here = y + m.to(tl.int64)[:, None] * stride_ym + n.to(tl.int64)[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    if has_factor:  # rows of other segments are multiplied too, and not stored
+        factor = l + tl.cast(segment, tl.int64) * stride_le
+        h_tile = load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
+        l_tile = load_tile(factor, 0, col0, R, N, stride_lr, stride_ln, BR, BN, False)
+        acc = add_low_rank(h_tile, l_tile.to(h_tile.dtype), acc, h, factor, row0, col0, M, N, R, stride_hm, stride_hr,
+                           stride_ln, stride_lr, BM, BN, BR, RP, PRECISION)  # fmt: skip
+    if MASK:
+        acc = tl.where(expand(load_words(words, row0, col0, M, pitch, BM, BN), BM, BN), acc, 0.0)
+    if ADD:
+        acc += tl.load(here, mask=mine, other=0.0).to(tl.float32)
+    tl.store(here, acc.to(y.dtype.element_ty), mask=mine)
+
+
+def count_items(rows: int, segments: int, length: int) -> int:
+    """How many items rows cut into blocks of ``length`` can have, those of no segment included."""
+    return segments + 2 + rows // length
+
+
+def lookup_block(segments: int) -> int:
+    """How many bounds are looked at together."""
+    return min(1024, max(16, triton.next_power_of_2(segments + 1)))
+
+
+def bounds(offsets: Tensor, rows: int) -> Tensor:
+    """``reference.segment_bounds`` on Triton."""
+    segments = offsets.shape[0] - 1
+    out = torch.empty(segments + 1, dtype=torch.int32, device=offsets.device)
+    arguments = offsets.contiguous(), out, rows, segments
+    constants = dict(BE=lookup_block(segments))
+    launch.run(_bounds_kernel, (1,), offsets.device, arguments, constants, 4, 1)
+    count("segment_bounds", "triton")
+    return out
+
+
+@dataclass(frozen=True)
+class SegmentDownTile:
+    """Tile shape, and into how many runs K is cut."""
+
+    bm: int
+    bk: int
+    br: int
+    warps: int
+    stages: int
+    splits: int
+
+
+@functools.lru_cache(1024)
+def down_tile(
+    m: int,
+    k: int,
+    rank: int,
+    segments: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    drop: bool,
+    device: torch.device,
+) -> SegmentDownTile:
+    """The tile for a problem (``dtypes`` of x and l), after down.py's. Masks are made 32 rows at a time."""
+    br = launch.pick(rank, (16, 32, 64, 128))
+    if launch.interpreting():
+        bm, bk, br, warps, stages = 32, 32, min(br, 32), 4, 1
+    elif dtypes[0] is torch.float32:
+        bm, bk, br, warps, stages = 32, 32, min(br, 32), 4, 3
+    elif drop:
+        bm, bk, warps, stages = 32, 256 if br < 64 else 128, 4, 4
+    else:
+        bm, bk, warps, stages = 64 if m > 32 else 32, 128, 4, 5
+    if not launch.interpreting():
+        step = bk * (bm * dtypes[0].itemsize + br * dtypes[1].itemsize)
+        stages = launch.stages_that_fit(stages, step, device)
+    # Of M rows at least so many items are not empty, and at most E + 1 more.
+    ctas = (launch.cdiv(m, bm) + min(segments, m)) * launch.cdiv(rank, br)
+    splits = launch.multiprocessors(device) // max(ctas, 1)
+    if not launch.interpreting():
+        splits = min(splits, k // (4 * bk), 32)
+    return SegmentDownTile(bm, bk, br, warps, stages, max(1, splits))
+
+
+def down(
+    x: Tensor,
+    l: Tensor,
+    bounds: Tensor,
+    scalings: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+    tile: SegmentDownTile | None = None,
+) -> Tensor:
+    """``reference.segment_down`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+    m, k = x.shape
+    segments, rank, _ = l.shape
+    if m == 0 or rank == 0 or k == 0 or segments == 0:
+        return x.new_zeros(m, rank)
+    drop = rng_state is not None
+    tile = tile or down_tile(m, k, rank, segments, (x.dtype, l.dtype), drop, x.device)
+    run, splits = launch.split_evenly(k, tile.bk, tile.splits)
+    h = x.new_empty(m, rank)
+    target = h if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
+    launch.run(
+        _segment_down_kernel,
+        (count_items(m, segments, tile.bm), launch.cdiv(rank, tile.br), splits),
+        x.device,
+        (
+            x, l, target, bounds, None if scalings is None else scalings.contiguous(),
+            None if rng_state is None else rng_state.contiguous(),
+            m, segments, k, rank, *x.stride(), *l.stride(), m * rank,
+            scale, run, keep,
+        ),
+        dict(
+            BM=tile.bm, BK=tile.bk, BR=tile.br, BE=lookup_block(segments), EVEN_K=k % tile.bk == 0, DROP=drop,
+            CALLS=philox_calls(keep), SCALINGS=scalings is not None, PRECISION=launch.input_precision(x.dtype),
+        ),
+        tile.warps,
+        tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        sum_splits(target, h)
+    count("segment_down", "triton")
+    return h
+
+
+@dataclass(frozen=True)
+class SegmentUpTile:
+    """Tile shape of one launch."""
+
+    bm: int
+    bn: int
+    br: int
+    warps: int
+
+
+@functools.lru_cache(1024)
+def up_tile(m: int, rank: int, dtype: torch.dtype) -> SegmentUpTile:
+    """The tile for a problem: y is read and written once, and little else happens. Masks come 32 rows at a time."""
+    if launch.interpreting():
+        return SegmentUpTile(32, 64, 16, warps=4)
+    br = launch.pick(rank, (16, 32))
+    if dtype is torch.float32:
+        return SegmentUpTile(32, 64, br, warps=4)
+    return SegmentUpTile(64 if m > 32 else 32, 128, br, warps=4)
+
+
+def up(
+    h: Tensor,
+    l: Tensor,
+    bounds: Tensor,
+    words: Tensor | None,
+    y: Tensor | None,
+    tile: SegmentUpTile | None = None,
+) -> Tensor:
+    """``reference.segment_up`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+    m, rank = h.shape
+    segments, n, _ = l.shape
+    if m == 0 or n == 0 or rank == 0 or segments == 0:
+        return h.new_zeros(m, n) if y is None else y
+    out = h.new_empty(m, n) if y is None else y
+    tile = tile or up_tile(m, rank, h.dtype)
+    launch.run(
+        _segment_up_kernel,
+        (count_items(m, segments, tile.bm) * launch.cdiv(n, tile.bn),),
+        h.device,
+        (
+            out, h, l, bounds, words,
+            m, segments, n, rank, out.stride(0), *h.stride(), *l.stride(), 0 if words is None else words.shape[1],
+        ),
+        dict(
+            BM=tile.bm, BN=tile.bn, BR=tile.br, RP=launch.cdiv(rank, tile.br) * tile.br, BE=lookup_block(segments),
+            ADD=y is not None, MASK=words is not None, PRECISION=launch.input_precision(h.dtype),
+        ),
+        tile.warps,
+        1,
+    )  # fmt: skip
+    count("segment_up", "triton")
+    return out

@@ -1,0 +1,201 @@
+"""fastlora/triton/segments.py and segment_wgrad.py below the ops: how rows are cut, in every tile, and what is left alone.
+In Triton's interpreter where there is no GPU."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from fastlora import reference
+from fastlora.ops import support
+from fastlora.testing.compare import assert_accurate, assert_same_bits
+from fastlora.testing.inputs import integers
+
+segments = pytest.importorskip("fastlora.triton.segments")
+segment_wgrad = importlib.import_module("fastlora.triton.segment_wgrad")
+launch = importlib.import_module("fastlora.triton.launch")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GPU = torch.cuda.is_available()
+DTYPES = [FP32, FP16, BF16] if GPU else [FP32, FP16]
+DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+missing = support.miss("segment_down", "triton", DEVICE, FP16, 16)
+pytestmark = pytest.mark.skipif(missing is not None, reason=f"not here: {missing}")
+
+
+def small(*shape, dtype):
+    return integers(*shape, low=-1, high=1, dtype=dtype, device=DEVICE)
+
+
+def bounds_of(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def random_bounds(m, count, seed):
+    """Uneven ones, some empty, with and without rows of nobody at the ends."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, m + 1, (count + 1,), generator=generator).sort().values
+    values[count // 2] = values[count // 2 + 1] if seed % 2 else values[count // 2]
+    if seed % 3 == 0:
+        values[0], values[-1] = 0, m
+    return values.to(DEVICE, torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("m", "count", "seed"),
+    [
+        (1, 1, 0),
+        (1, 40, 2),
+        (31, 3, 0),
+        (32, 3, 1),
+        (33, 40, 2),
+        (64, 1, 1),
+        (96, 40, 0),
+        (200, 3, 1),
+    ],
+)
+def test_every_row_is_in_one_item(m, count, seed):
+    """With A and x of ones, h counts how many sums reach a row's adapter: each row is summed exactly once."""
+    bounds = random_bounds(m, count, seed)
+    x = torch.ones(m, 8, device=DEVICE)
+    a = torch.arange(1.0, count + 1, device=DEVICE)[:, None, None].expand(count, 1, 8)
+    h = segments.down(x, a, bounds, None, 1.0, None, 65536)
+    y = torch.zeros(m, 1, device=DEVICE)
+    segments.up(torch.ones_like(h), torch.ones(count, 1, 1, device=DEVICE), bounds, None, y)
+    edges, expected = bounds.tolist(), torch.zeros(m)
+    for e in range(count):
+        expected[edges[e] : edges[e + 1]] = e + 1
+    assert torch.equal(h[:, 0].cpu(), 8 * expected)
+    assert torch.equal(y[:, 0].cpu(), (expected > 0).float())
+
+
+@pytest.mark.parametrize(
+    ("values", "ctas", "masked"),
+    [
+        ([0, 200], 1, False),
+        ([0, 200], 12, True),
+        ([0, 100, 200], 12, False),
+        ([0, 32, 64, 200], 100, False),
+        ([63, 65, 200], 100, True),
+        *(
+            ([17, 17, 150, 151, 199], ctas, masked)
+            for ctas in (1, 12, 100)
+            for masked in (False, True)
+        ),
+    ],
+    ids=str,
+)
+def test_partials_of_long_segments_add_up(values, ctas, masked):
+    """However rows are cut: into one block, some, or as many as there are tiles."""
+    m, k, n, r = 200, 40, 24, 8
+    x, dy, g, h = (small(m, width, dtype=FP16) for width in (k, n, r, r))
+    words = reference.mask(torch.tensor([3, 4]), m, k, 20000).to(DEVICE) if masked else None
+    tile = segment_wgrad.tile_for(r, FP16, DEVICE)
+    tile = dataclasses.replace(tile, bm=32, ctas=ctas)
+    bounds = bounds_of(values)
+    got = segment_wgrad.wgrad(x, g, dy, h, bounds, words, FP32, FP32, tile)
+    wide = [t.double() for t in (x, g, dy, h)]
+    truth = reference.segment_wgrad(*wide, bounds, words, FP32, FP32)
+    for name, ours, true in zip(("dA", "dB"), got, truth, strict=True):
+        assert_same_bits(name, ours, true)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_runs_of_k_add_up(splits):
+    m, k, r, count = 40, 130, 5, 3
+    x, a = small(m, k, dtype=FP16), small(count, r, k, dtype=FP16)
+    bounds = bounds_of([2, 9, 33, 38])
+    tile = segments.down_tile(m, k, r, count, (FP16, FP16), False, DEVICE)
+    tile = dataclasses.replace(tile, bk=32, splits=splits)
+    h = segments.down(x, a, bounds, None, 0.5, None, 65536, tile)
+    truth = reference.segment_down(x.double(), a.double(), bounds, None, 0.5)
+    assert_same_bits("h", h, truth.to(FP16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [8, 64])
+def test_against_fp64(dtype, r):
+    """Within the accuracy rule of torch's own results; with fp32 factors over 16-bit rows too."""
+    m, k, n, count = (4096, 1024, 1000, 20) if GPU else (70, 96, 66, 4)
+    bounds = random_bounds(m, count, 2)
+    x, dy = torch.randn(m, k, device=DEVICE).to(dtype), torch.randn(m, n, device=DEVICE).to(dtype)
+    a = (torch.randn(count, r, k, device=DEVICE) / k**0.5).to(FP32 if r == 8 else dtype)
+    b = torch.randn(count, n, r, device=DEVICE).to(a.dtype)
+    h = reference.segment_down(x, a, bounds, None, 0.5)
+    y = torch.randn(m, n, device=DEVICE).to(dtype)
+    wide = [t.double() for t in (x, a, b, dy, h, y)]
+
+    def by_torch(x, a, b, dy, h, y):
+        outputs = [reference.segment_down(x, a, bounds, None, 0.5)]
+        outputs += [reference.segment_up(h, b, bounds, None, y.clone())]
+        return [*outputs, *reference.segment_wgrad(x, h, dy, h, bounds, None, a.dtype, a.dtype)]
+
+    same, true = by_torch(x, a, b, dy, h, y), by_torch(*wide)
+    ours = [
+        segments.down(x, a, bounds, None, 0.5, None, 65536),
+        segments.up(h, b, bounds, None, y.clone()),
+        *segment_wgrad.wgrad(x, h, dy, h, bounds, None, a.dtype, a.dtype),
+    ]
+    for name, got, torchs, truth in zip(("h", "y", "dA", "dB"), ours, same, true, strict=True):
+        assert_accurate(name, got, torchs, truth)
+
+
+def test_infinite_rows_stay_in_their_own_segment():
+    """Rows of others share a tile: what they hold must not be multiplied by zero, which would be NaN."""
+    m, k, n, r = 64, 32, 24, 4
+    x, dy, g = (small(m, width, dtype=FP32) for width in (k, n, r))
+    bounds = bounds_of([3, 20, 40])
+    for t in (x, dy, g):
+        t[:3] = t[40:] = torch.inf
+    x[5], bad = torch.nan, 5
+    a, b = small(2, r, k, dtype=FP32), small(2, n, r, dtype=FP32)
+    h = segments.down(x, a, bounds, None, 1.0, None, 65536)
+    assert h[bad].isnan().all() and h[torch.arange(m, device=DEVICE) != bad].isfinite().all()
+    y = segments.up(g, b, bounds, None, None)
+    assert y.isfinite().all() and not y[:3].any() and not y[40:].any()
+    d_a, d_b = segment_wgrad.wgrad(x, g, dy, g, bounds, None, FP32, FP32)
+    assert d_a[0].isnan().any() and d_a[1].isfinite().all() and d_b.isfinite().all()
+
+
+def test_launches_and_workspace_do_not_depend_on_offsets(monkeypatch):
+    """What a CUDA graph needs: the same grids, constants and sizes for any bounds."""
+    m, k, n, r, count = 200, 40, 24, 8, 5
+    seen = []
+
+    def record(kernel, grid, device, arguments, constants, warps, stages):
+        kinds = [(t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in arguments]
+        seen.append((kernel, grid, kinds, constants))
+
+    monkeypatch.setattr(launch, "run", record)
+    x, dy, h = (torch.zeros(m, width, device=DEVICE) for width in (k, n, r))
+    a, b = torch.zeros(count, r, k, device=DEVICE), torch.zeros(count, n, r, device=DEVICE)
+    runs = []
+    for values in ([0] * 6, [0, 0, 0, 0, 0, 200], [1, 2, 3, 100, 150, 199]):
+        seen.clear()
+        offsets = bounds_of(values)
+        segments.bounds(offsets, m)
+        segments.down(x, a, offsets, None, 1.0, None, 65536)
+        segments.up(h, b, offsets, None, dy)
+        segment_wgrad.wgrad(x, h, dy, h, offsets, None, FP32, FP32)
+        runs.append(list(seen))
+    assert len(runs[0]) >= 5 and runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize(("m", "k", "n", "count"), [(2**22, 8, 8, 64), (8, 2**20, 2**20, 64)])
+def test_grids_stay_within_what_a_gpu_takes(monkeypatch, m, k, n, count):
+    grids = []
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, *_: grids.append(grid))
+
+    def zeros(*shape):
+        return torch.zeros((1,) * len(shape), device=DEVICE).expand(shape)
+
+    bounds = torch.zeros(count + 1, dtype=torch.int32, device=DEVICE)
+    segments.down(zeros(m, k), zeros(count, 4, k), bounds, None, 1.0, None, 65536)
+    segments.up(zeros(m, 4), zeros(count, n, 4), bounds, None, None)
+    rank = zeros(m, 4)
+    segment_wgrad.wgrad(zeros(m, k), rank, zeros(m, n), rank, bounds, None, FP32, FP32)
+    assert len(grids) >= 3
+    for grid in grids:
+        assert all(0 < extent < 2**31 for extent in grid), grid
+        assert all(extent <= 65535 for extent in grid[1:]), grid
