@@ -265,7 +265,8 @@ class LoRALayer(AdapterLayer):
         """The adapters that forward adds to the base: none while they are off or merged."""
         if not self.adapters_enabled or self.merged_adapters:
             return []
-        return [name for name in self.active_adapters if name in self.r]
+        # Not of the ranks: hot-swapping writes those, which a compiled model must not look at.
+        return [name for name in self.active_adapters if name in self.lora_A]
 
     def _add_updates(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y + the updates of ``names``, in plain torch, each in its adapter's dtype."""
