@@ -26,7 +26,7 @@ from ..layers import LoRALayer, TrainableCopy
 from ..methods import LoraConfig
 from ..methods.checks import check_choice, check_finite
 from ..ops.support import MAX_RANK
-from .peft_model import PeftModel
+from .adapters import Adapters
 
 COMBINATIONS = (
     "cat",
@@ -68,7 +68,7 @@ class Recipe(NamedTuple):
 
 
 def add_weighted_adapter(
-    model: PeftModel,
+    model: Adapters,
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
@@ -114,7 +114,7 @@ def add_weighted_adapter(
 # What is checked before anything is made.
 
 
-def _check_lists(model: PeftModel, adapters: list[str], weights: list[float]) -> None:
+def _check_lists(model: Adapters, adapters: list[str], weights: list[float]) -> None:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"adapters, weights: got {len(adapters)} and {len(weights)}; accepted is one weight for each of one adapter or more"
@@ -132,7 +132,7 @@ def _check_lists(model: PeftModel, adapters: list[str], weights: list[float]) ->
             )
 
 
-def _combinable(model: PeftModel, name: str) -> LoraConfig:
+def _combinable(model: Adapters, name: str) -> LoraConfig:
     config = model.peft_config[name]
     if not isinstance(config, LoraConfig):
         raise ValueError(

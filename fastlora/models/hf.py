@@ -39,5 +39,5 @@ def _refusal(name: str) -> Any:
 # PEFT's methods work on PEFT's layers. One that has no counterpart here must say so instead of
 # doing nothing.
 for _name, _value in vars(peft.PeftModel).items():
-    if callable(_value) and not _name.startswith("_") and _name not in vars(PeftModel):
+    if callable(_value) and not _name.startswith("_") and not hasattr(PeftModel, _name):
         setattr(TransformersPeftModel, _name, _refusal(_name))
