@@ -24,6 +24,9 @@ _EXPORTS = {
     "QLoRALinear": "layers",
     "LoraConfig": "methods",
     "PeftConfig": "methods",
+    "PrefixTuningConfig": "methods",
+    "PromptEncoderConfig": "methods",
+    "PromptTuningConfig": "methods",
     "PeftModel": "models",
     "get_peft_model": "models",
     "accelerate": "models",
@@ -40,7 +43,13 @@ if TYPE_CHECKING:
     from .functional import lora_linear, qlora_linear
     from .io import load_adapter, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
-    from .methods import LoraConfig, PeftConfig
+    from .methods import (
+        LoraConfig,
+        PeftConfig,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+    )
     from .models import (
         PeftModel,
         accelerate,
@@ -58,6 +67,9 @@ __all__ = [
     "NF4Tensor",
     "PeftConfig",
     "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "QLoRALinear",
     "__version__",
     "accelerate",
