@@ -115,12 +115,9 @@ class Injection(Generic[Config]):
     def _resolve_heads(self) -> None:
         config: Any = self.config
         model = self.model
-        heads = [
-            name
-            for name in TASK_HEADS.get(config.task_type or "", ())
-            if name not in (config.modules_to_save or [])
-        ]
-        self._optional_copies = set(heads)
+        optional = TASK_HEADS.get(config.task_type or "", ())  # files name them all
+        heads = [name for name in optional if name not in (config.modules_to_save or [])]
+        self._optional_copies = set(optional)
         if heads:
             config.modules_to_save = [*(config.modules_to_save or []), *heads]
         name = getattr(model, "name_or_path", None)

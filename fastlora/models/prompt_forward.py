@@ -19,9 +19,9 @@ from ..layers import PrefixTokens, PromptLayer, VirtualTokens
 
 Arguments = dict[str, Any]
 
-# task_type of models whose labels (whose token types) are one a token: virtual tokens get some too.
+# task_type of models whose labels are one a token, and of those to which PEFT gives token types: virtual tokens get some.
 _TOKEN_LABELS = ("CAUSAL_LM", "TOKEN_CLS")
-_TOKEN_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_TOKEN_TYPES = ("SEQ_CLS", "TOKEN_CLS")
 _IGNORED_LABEL = -100
 
 
@@ -222,7 +222,8 @@ def _prompt_positions(arguments: Arguments, tokens: VirtualTokens, past: int) ->
 def _ignore(arguments: Arguments, name: str) -> None:
     if arguments.pop(name, None) is not None:
         warnings.warn(
-            f"{name}: not used, as in PEFT: there are none for virtual tokens", stacklevel=8
+            f"{name}: not used, as in PEFT: task_type says that there are none for virtual tokens",
+            stacklevel=8,
         )
 
 
