@@ -6,8 +6,8 @@
     <m>.bias of an adapted linear               <m>.base_layer.bias        (bias="all", "lora_only")
     <m>.bias of any other module                <m>.bias                   (bias="all")
 
-The prefix is the same in the file; for prompt learning it is base_model. there, as PEFT puts that into no tuner, and the
-virtual tokens are prompt_embeddings, without any.
+The file's keys have the same prefix; those of prompt learning have base_model. alone, for PEFT puts no tuner around its
+base, and the virtual tokens are prompt_embeddings, without a prefix.
 
 An adapter that is not called "default" lives in a sub-folder of its name.
 """

@@ -45,9 +45,8 @@ class PromptInjection(Injection[PromptLearningConfig]):
     _hooks: list[tuple[nn.Module, type[Hook]]]
 
     def _resolve(self) -> None:
-        self._is_prefix = isinstance(self.config, PrefixTuningConfig)
         self._check_task()
-        if self._is_prefix:
+        if isinstance(self.config, PrefixTuningConfig):
             self._resolve_prefix()
         else:
             self._resolve_prompt()
@@ -274,6 +273,16 @@ class PromptInjection(Injection[PromptLearningConfig]):
         weight: Tensor = self._embeddings.weight
         with torch.no_grad():
             embedding.weight = nn.Parameter(self._embeddings(ids.to(weight.device)).float())
+
+    def _plan_copies(self) -> None:
+        super()._plan_copies()
+        hooked = {id(module) for module, _ in self._hooks}
+        for swap in self._swaps:
+            if any(id(module) in hooked for module in swap.old.modules()):
+                raise ValueError(
+                    f"modules_to_save: matches {swap.attribute!r}, which takes the virtual tokens: its trained copy would go "
+                    "without them. Name parts of it"
+                )
 
     # Doing it.
 

@@ -54,7 +54,7 @@ class PromptHook(Hook):
 
     def change(self, module: nn.Module, arguments: Arguments, tokens: VirtualTokens) -> None:
         past = _past(arguments)
-        _extend_mask(arguments, tokens.count, past)
+        _extend_mask(arguments, tokens.count)
         _prompt_positions(arguments, tokens, past)
         if tokens.task_type not in _TOKEN_TYPES:
             _ignore(arguments, "token_type_ids")
@@ -74,7 +74,7 @@ class EncoderPromptHook(Hook):
 
     def change(self, module: nn.Module, arguments: Arguments, tokens: VirtualTokens) -> None:
         mask = arguments.get("attention_mask")
-        if mask is None or mask.shape[-1] != _input(arguments).shape[1] + tokens.count:
+        if mask is not None and mask.shape[-1] != _input(arguments).shape[1] + tokens.count:
             _extend_mask(arguments, tokens.count)
         _prepend(module, arguments, tokens)
 
@@ -83,10 +83,7 @@ class CrossAttentionHook(Hook):
     """The mask by which a decoder sees an encoder that has virtual tokens."""
 
     def change(self, module: nn.Module, arguments: Arguments, tokens: VirtualTokens) -> None:
-        mask = arguments.get("attention_mask")
-        if mask is not None:
-            _check_mask("attention_mask", mask)
-            arguments["attention_mask"] = _front(mask, tokens.count, 1)
+        _extend_mask(arguments, tokens.count)
 
 
 class PrefixHook(Hook):
@@ -112,7 +109,12 @@ class PrefixHook(Hook):
             self.growing(cache).update(keys, values, index)
 
     def extend_mask(self, arguments: Arguments, count: int, past: int) -> None:
-        _extend_mask(arguments, count, past)
+        if arguments.get("attention_mask") is None and not past:
+            # An encoder takes the number of keys from its mask.
+            arguments["attention_mask"] = torch.ones(
+                _input(arguments).shape[:2], dtype=torch.long, device=_input(arguments).device
+            )
+        _extend_mask(arguments, count)
 
     def new_cache(self, module: Any) -> Any:
         from transformers import DynamicCache
@@ -128,8 +130,7 @@ class EncoderDecoderPrefixHook(PrefixHook):
     """The same for the self-attention of a decoder behind an encoder."""
 
     def extend_mask(self, arguments: Arguments, count: int, past: int) -> None:
-        if arguments.get("decoder_attention_mask") is not None:
-            _extend_mask(arguments, count, past, "decoder_attention_mask")
+        _extend_mask(arguments, count, "decoder_attention_mask")
 
     def new_cache(self, module: Any) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
@@ -183,26 +184,18 @@ def _prepend(module: Any, arguments: Arguments, tokens: VirtualTokens) -> None:
     arguments["inputs_embeds"] = torch.cat((prompt, given), dim=1)
 
 
-def _extend_mask(
-    arguments: Arguments, count: int, past: int = 0, name: str = "attention_mask"
-) -> None:
+def _extend_mask(arguments: Arguments, count: int, name: str = "attention_mask") -> None:
+    """Let a mask see the virtual tokens; none stays none, which sees all there is."""
     mask = arguments.get(name)
     if mask is None:
-        given = _input(arguments)
-        length = (past or count) + given.shape[1]
-        arguments[name] = torch.ones(given.shape[0], length, dtype=torch.long, device=given.device)
         return
-    _check_mask(name, mask)
-    arguments[name] = _front(mask, count, 1)
-
-
-def _check_mask(name: str, mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"{name}: got {got}; accepted with virtual tokens is [rows, length]. A static cache makes others: generate with "
             "cache_implementation='dynamic'"
         )
+    arguments[name] = _front(mask, count, 1)
 
 
 def _prompt_positions(arguments: Arguments, tokens: VirtualTokens, past: int) -> None:

@@ -179,6 +179,16 @@ def test_embeddings_instead_of_ids(name: str, method: str) -> None:
                 ours(**bad)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_of_a_decoder_behind_an_encoder(method: str) -> None:
+    theirs, ours = build(peft, method, "t5"), build(fastlora, method, "t5")
+    given = inputs("t5", "right")
+    plain = ours(**given)
+    given["decoder_attention_mask"] = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    assert_same(ours(**given), theirs(**given))
+    assert not same(ours(**given), plain)
+
+
 @pytest.mark.parametrize("name", ["bert-sequence", "bert-token", "bert-question"])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_token_types(name: str, method: str) -> None:
@@ -367,6 +377,29 @@ def test_loading_to_train_on(method: str, tmp_path: Path) -> None:
     assert len(trained(again)) == 1 and trained(again)[0].grad.abs().sum() > 0
 
 
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    build(fastlora, "prefix", num_virtual_tokens=5).save_pretrained(tmp_path)
+    model = build(fastlora, "prefix")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="prompt_embeddings: has shape"):
+        model.load_adapter(tmp_path, "default")
+    assert_unchanged(model, before)
+    base = MODELS["gpt2"][1]()  # keys and values of other widths
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"token_dim|num_attention_heads"):
+        fastlora.load_adapter(base, tmp_path)
+    assert_unchanged(base, before)
+    (tmp_path / "adapter_config.json").write_text(
+        build(fastlora, "prefix").peft_config["default"].to_json()
+    )
+    base = MODELS["llama"][1]()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="prompt_embeddings: has shape"):
+        fastlora.load_adapter(base, tmp_path)
+    assert_unchanged(base, before)
+    assert not base._forward_pre_hooks
+
+
 def test_an_lstm_with_dropout_is_saved_without_it(tmp_path: Path) -> None:
     model = build(fastlora, "p-lstm", encoder_dropout=0.5).train()
     saved = [model.get_prompt_embedding_to_save("default") for _ in range(2)]
@@ -485,6 +518,18 @@ REFUSED: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     "heads": (MODELS["gpt2"][1], "prefix", {"num_attention_heads": 2}, "num_attention_heads"),
     "layers": (tiny_llama, "prefix", {"num_layers": 3}, "num_layers: got 3"),
     "linear attention": (_moe_like, "prefix", {}, "linear_attention"),
+    "encoder trained whole": (
+        MODELS["t5"][1],
+        "prompt",
+        {"task_type": "SEQ_2_SEQ_LM", "modules_to_save": ["encoder"]},
+        "takes the virtual tokens",
+    ),
+    "backbone trained whole": (
+        MODELS["bert-sequence"][1],
+        "prefix",
+        {"task_type": "SEQ_CLS", "modules_to_save": ["bert"]},
+        "takes the virtual tokens",
+    ),
     "no such module": (tiny_llama, "prompt", {"modules_to_save": ["nowhere"]}, "modules_to_save"),
 }
 
@@ -497,7 +542,7 @@ def test_what_it_cannot_do_is_refused_when_it_is_built(case: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastlora.get_peft_model(base, config(fastlora, method, **changes))
     assert_unchanged(base, before)
-    assert not base._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in base.modules())
 
 
 def test_encoders_without_a_cache_are_refused() -> None:
