@@ -25,6 +25,9 @@ _EXPORTS = {
     "QLoRALinear": "layers",
     "LoraConfig": "methods",
     "PeftConfig": "methods",
+    "PrefixTuningConfig": "methods",
+    "PromptEncoderConfig": "methods",
+    "PromptTuningConfig": "methods",
     "PeftModel": "models",
     "get_peft_model": "models",
     "accelerate": "models",
@@ -43,7 +46,13 @@ if TYPE_CHECKING:
     from .functional import lora_linear, lora_linear_segments, qlora_linear
     from .io import hotswap_adapter, load_adapter, prepare_hotswap, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
-    from .methods import LoraConfig, PeftConfig
+    from .methods import (
+        LoraConfig,
+        PeftConfig,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+    )
     from .models import (
         PeftModel,
         accelerate,
@@ -61,6 +70,9 @@ __all__ = [
     "NF4Tensor",
     "PeftConfig",
     "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "QLoRALinear",
     "__version__",
     "accelerate",

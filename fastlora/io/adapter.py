@@ -6,6 +6,9 @@
     <m>.bias of an adapted linear               <m>.base_layer.bias        (bias="all", "lora_only")
     <m>.bias of any other module                <m>.bias                   (bias="all")
 
+The file's keys have the same prefix; those of prompt learning have base_model. alone, for PEFT puts no tuner around its
+base, and the virtual tokens are prompt_embeddings, without a prefix.
+
 An adapter that is not called "default" lives in a sub-folder of its name.
 """
 
@@ -75,17 +78,7 @@ def save_adapter(
     entries = _entries(model, adapter_name)
     tensors = {key: entry.tensor for key, entry in entries.items()}
     if state_dict is not None:
-        absent = sorted(entry.key for entry in entries.values() if entry.key not in state_dict)
-        if absent:
-            raise ValueError(
-                f"state_dict: lacks {len(absent)} of the adapter's parameters, {absent[0]!r} among "
-                "them"
-            )
-        tensors = {
-            # of a slot for hot-swapping the adapter's own ranks
-            key: state_dict[entry.key][tuple(map(slice, entry.tensor.shape))]
-            for key, entry in entries.items()
-        }
+        tensors = _values(entries, state_dict)
     config = model.peft_config[adapter_name]
     base = type(model.get_base_model())
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
@@ -168,20 +161,50 @@ def _put_in(injection: Injection[Any], tensors: dict[str, Tensor]) -> PeftModel:
     return wrapped
 
 
+def _values(
+    entries: Mapping[str, AdapterTensor], state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the file holds, from a state_dict."""
+    plain = [entry.key for entry in entries.values() if entry.compute is None]
+    absent = sorted(key for key in plain if key not in state_dict)
+    if absent:
+        raise ValueError(
+            f"state_dict: lacks {len(absent)} of the adapter's parameters, {absent[0]!r} among them"
+        )
+    return {
+        # of a slot for hot-swapping the adapter's own ranks
+        key: state_dict[entry.key][tuple(map(slice, entry.tensor.shape))]
+        if entry.compute is None
+        else entry.compute(_below(entry.key, state_dict))
+        for key, entry in entries.items()
+    }
+
+
+def _below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
 # Keys.
+
+
+def _file_prefix(model: PeftModel, adapter_name: str) -> str:
+    """What PEFT's keys begin with: prompt learning has no tuner around the base."""
+    return "base_model." if model.peft_config[adapter_name].is_prompt_learning else PREFIX
 
 
 def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
     """Key in the file -> entry, for everything that belongs to one adapter."""
     base, entries, adapted = model.get_base_model(), {}, set()
+    prefix = _file_prefix(model, adapter_name)
     for name, module in base.named_modules():
         if not isinstance(module, AdapterLayer):
             continue
-        at = f"{PREFIX}{name}." if name else PREFIX
+        at = f"{name}." if name else ""
         if isinstance(module, (LoRALinear, QLoRALinear)) and module.adapters:
             adapted.add(f"{name}.bias")
-        for key, (inside, tensor) in module.adapter_tensors(adapter_name).items():
-            entries[f"{at}{key}"] = AdapterTensor(f"{at}{inside}", tensor)
+        in_file = f"{prefix}{at}" if module.names_in_file else ""
+        for key, entry in module.adapter_tensors(adapter_name).items():
+            entries[f"{in_file}{key}"] = entry._replace(key=f"{PREFIX}{at}{entry.key}")
     if not entries:  # trained biases outlast an unloading, and are no adapter
         raise ValueError(
             f"model: has nothing of adapter {adapter_name!r} left, for its adapters were merged and unloaded; save before "
@@ -193,11 +216,11 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
     return entries
 
 
-def _embedding_entries(model: PeftModel) -> dict[str, AdapterTensor]:
+def _embedding_entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
     """Base weights that PEFT adds to the file of a transformers model: embeddings that were
     resized, or an adapted output layer's. They are read if they are there; ``save_adapter`` does
     not write them."""
-    base, entries = model.get_base_model(), {}
+    base, entries, prefix = model.get_base_model(), {}, _file_prefix(model, adapter_name)
     ends = [getattr(base, f"get_{end}_embeddings", None) for end in ("input", "output")]
     embeddings = [end() for end in ends if callable(end)]
     for name, module in base.named_modules():
@@ -205,7 +228,7 @@ def _embedding_entries(model: PeftModel) -> dict[str, AdapterTensor]:
             inner = "base_layer." if isinstance(module, LoRALinear) else ""
             for key, tensor in module._parameters.items():  # a TrainableCopy has none of its own
                 if tensor is not None:
-                    entries[f"{PREFIX}{name}.{inner}{key}"] = AdapterTensor(
+                    entries[f"{prefix}{name}.{inner}{key}"] = AdapterTensor(
                         f"{PREFIX}{name}.{key}", tensor
                     )
     return entries
@@ -289,11 +312,19 @@ def matching(
         ValueError: keys, shapes or dtypes do not fit.
     """
     entries = _entries(model, adapter_name)
-    entries |= {k: entry for k, entry in _embedding_entries(model).items() if k in tensors}
+    entries |= {
+        k: entry for k, entry in _embedding_entries(model, adapter_name).items() if k in tensors
+    }
     tensors = {k: v for k, v in tensors.items() if k in entries or not _is_shadow(k, adapter_name)}
     _check_keys(entries, tensors, model)
     for key, entry in entries.items():
         value, target = tensors[key], entry.tensor
+        if entry.compute is not None:
+            raise ValueError(
+                f"{key}: the file holds what a network made, which cannot be told from it, and adapter {adapter_name!r} "
+                "has that network; load it frozen under a new name or into a base model, and set_adapter(name) then trains "
+                "the values themselves"
+            )
         if value.shape != target.shape:
             raise ValueError(
                 f"{key}: has shape {tuple(value.shape)} in the file where the model needs "

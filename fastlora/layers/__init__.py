@@ -4,6 +4,7 @@ from .adapter import AdapterLayer
 from .base import LoRALayer
 from .explanation import explain
 from .linear import LoRALinear
+from .prompts import PrefixTokens, PromptLayer, VirtualTokens
 from .qlora import QLoRALinear
 from .saved import TrainableCopy
 from .wrapper import LoRAWrapper
@@ -13,7 +14,10 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAWrapper",
+    "PrefixTokens",
+    "PromptLayer",
     "QLoRALinear",
     "TrainableCopy",
+    "VirtualTokens",
     "explain",
 ]

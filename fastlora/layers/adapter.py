@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -28,10 +28,15 @@ def check_adapter_name(name: str) -> str:
 
 
 class AdapterTensor(NamedTuple):
-    """A tensor of an adapter: its key in the layer's state_dict, and the tensor itself."""
+    """A tensor of an adapter: its key in the layer's state_dict, and the tensor itself.
+
+    ``compute``: set where the file holds what is only computed from the adapter, and cannot be read back. ``key`` is then
+    a prefix, and ``compute`` makes the value from what a state_dict has under it.
+    """
 
     key: str
     tensor: Tensor
+    compute: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
 
 class AdapterLayer(nn.Module):
@@ -43,6 +48,8 @@ class AdapterLayer(nn.Module):
 
     # Attributes that map an adapter's name to a Parameter, a module or a setting of it. The first says who is here.
     by_adapter: ClassVar[tuple[str, ...]] = ()
+    # Whether keys in the file begin with the module's name.
+    names_in_file: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,5 +2,18 @@
 
 from .base import PeftConfig
 from .lora import LoraConfig
+from .prompt import (
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptLearningConfig,
+    PromptTuningConfig,
+)
 
-__all__ = ["LoraConfig", "PeftConfig"]
+__all__ = [
+    "LoraConfig",
+    "PeftConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+]

@@ -8,13 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..methods import LoraConfig, PeftConfig
+from ..methods import (
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from .inject import Injection
 from .inject_lora import LoraInjection
+from .inject_prompt import PromptInjection
 from .peft_model import PeftModel
 from .placement import move
 
-_INJECTIONS: dict[type[PeftConfig], type[Injection[Any]]] = {LoraConfig: LoraInjection}
+_INJECTIONS: dict[type[PeftConfig], type[Injection[Any]]] = {
+    LoraConfig: LoraInjection,
+    PrefixTuningConfig: PromptInjection,
+    PromptEncoderConfig: PromptInjection,
+    PromptTuningConfig: PromptInjection,
+}
 
 
 def get_peft_model(

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..layers import AdapterLayer
 from .peft_model import PeftModel
+from .prompt_model import PromptModel
 
 # Libraries ask whether a module is an adapter layer by this class: TRL refuses an adapted lm_head
 # (its loss reads the weight past the module), and accelerate's FSDP checkpoints find the adapters
@@ -41,3 +42,7 @@ def _refusal(name: str) -> Any:
 for _name, _value in vars(peft.PeftModel).items():
     if callable(_value) and not _name.startswith("_") and not hasattr(PeftModel, _name):
         setattr(TransformersPeftModel, _name, _refusal(_name))
+
+
+class TransformersPromptModel(PromptModel, TransformersPeftModel):  # type: ignore[misc, override]
+    """The same for virtual tokens."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..layers import AdapterLayer, LoRALayer, TrainableCopy
 from ..layers.adapter import check_adapter_name
-from ..methods.base import TargetedConfig
+from ..methods.base import PeftConfig
 from ..methods.matching import (
     TASK_HEADS,
     base_view,
@@ -29,7 +29,7 @@ from ..methods.matching import (
 from ..quant import NF4Tensor
 from .peft_model import PeftModel
 
-Config = TypeVar("Config", bound=TargetedConfig)
+Config = TypeVar("Config", bound=PeftConfig)
 
 STOCK = "peft.get_peft_model, and fastlora.accelerate(model) on the result"
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -113,14 +113,11 @@ class Injection(Generic[Config]):
     # The adapted layers.
 
     def _resolve_heads(self) -> None:
-        config, model = self.config, self.model
-        # A file that PEFT wrote names all of them, though a model has one.
-        self._optional_copies = set(TASK_HEADS.get(config.task_type or "", ()))
-        heads = [
-            name
-            for name in TASK_HEADS.get(config.task_type or "", ())
-            if name not in (config.modules_to_save or [])
-        ]
+        config: Any = self.config
+        model = self.model
+        optional = TASK_HEADS.get(config.task_type or "", ())  # files name them all
+        heads = [name for name in optional if name not in (config.modules_to_save or [])]
+        self._optional_copies = set(optional)
         if heads:
             config.modules_to_save = [*(config.modules_to_save or []), *heads]
         name = getattr(model, "name_or_path", None)
@@ -132,7 +129,7 @@ class Injection(Generic[Config]):
 
     def _targets(self) -> list[str]:
         """The names of the modules that get the adapter."""
-        config = self.config
+        config: Any = self.config
         names = [name for name in self._modules if name and is_target(config, name)]
         if not names:
             raise ValueError(self._no_match())
@@ -181,7 +178,7 @@ class Injection(Generic[Config]):
         )
 
     def _no_match(self) -> str:
-        config = self.config
+        config: Any = self.config
         extra = "".join(
             f", {name}={getattr(config, name)!r}"
             for name in (
@@ -210,7 +207,7 @@ class Injection(Generic[Config]):
     # The modules trained whole.
 
     def _plan_copies(self) -> None:
-        wanted = self.config.modules_to_save or []
+        wanted = getattr(self.config, "modules_to_save", None) or []
         matches = {
             part: [name for name in self._modules if name and name.endswith(part)]
             for part in wanted
@@ -301,13 +298,18 @@ class Injection(Generic[Config]):
 
     def wrap(self) -> PeftModel:
         """The PeftModel around the changed model."""
-        kind: type[PeftModel] = PeftModel
+        kind = self._kind()
+        return kind(self.model, {self.adapter_name: self.config}, self.adapter_name)
+
+    def _kind(self) -> type[PeftModel]:
         if is_transformers_model(self.model):
             # Without peft the model trains in any loop of one's own, but Trainer does not see a
             # PEFT model.
             with contextlib.suppress(ImportError):
-                from .hf import TransformersPeftModel as kind
-        return kind(self.model, {self.adapter_name: self.config}, self.adapter_name)
+                from .hf import TransformersPeftModel
+
+                return TransformersPeftModel
+        return PeftModel
 
 
 class _naming(contextlib.ContextDecorator):
