@@ -2,6 +2,8 @@
 
     in the model (under base_model.model.)      in the file
     <m>.lora_A.<adapter>                        <m>.lora_A.weight
+    <m>.lora_embedding_A.<adapter>              <m>.lora_embedding_A
+    <m>.trainable_tokens_delta.<adapter>        <m>.token_adapter.trainable_tokens_delta
     <m>.modules_to_save.<adapter>.<p>           <m>.<p>
     <m>.bias of an adapted linear               <m>.base_layer.bias        (bias="all", "lora_only")
     <m>.bias of any other module                <m>.bias                   (bias="all")
@@ -22,8 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..layers import AdapterLayer, LoRALinear, QLoRALinear
+from ..layers import AdapterLayer
 from ..layers.adapter import AdapterTensor, check_adapter_name
+from ..layers.embedding import LoRAEmbedding
+from ..layers.fused import FusedLayer
 from ..layers.plain import FLOATS
 from ..methods import PeftConfig
 from ..methods.base import CONFIG_NAME
@@ -174,7 +178,7 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
         if not isinstance(module, AdapterLayer):
             continue
         at = f"{_PREFIX}{name}." if name else _PREFIX
-        if isinstance(module, (LoRALinear, QLoRALinear)) and module.adapters:
+        if isinstance(module, FusedLayer) and module.adapters:
             adapted.add(f"{name}.bias")
         for key, (inside, tensor) in module.adapter_tensors(adapter_name).items():
             entries[f"{at}{key}"] = AdapterTensor(f"{at}{inside}", tensor)
@@ -198,7 +202,7 @@ def _embedding_entries(model: PeftModel) -> dict[str, AdapterTensor]:
     embeddings = [end() for end in ends if callable(end)]
     for name, module in base.named_modules():
         if any(module is embedding for embedding in embeddings):
-            inner = "base_layer." if isinstance(module, LoRALinear) else ""
+            inner = "base_layer." if isinstance(module, (FusedLayer, LoRAEmbedding)) else ""
             for key, tensor in module._parameters.items():  # a TrainableCopy has none of its own
                 if tensor is not None:
                     entries[f"{_PREFIX}{name}.{inner}{key}"] = AdapterTensor(
@@ -212,7 +216,13 @@ def _check_same_method(
 ) -> None:
     """The values only mean the same with the same scaling; shapes say the rest."""
     own = model.peft_config[adapter_name]
-    for field in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern"):
+    for field in (
+        "peft_type",
+        "lora_alpha",
+        "use_rslora",
+        "alpha_pattern",
+        "trainable_token_indices",
+    ):
         ours, theirs = getattr(own, field, None), getattr(config, field, None)
         if ours != theirs:
             raise ValueError(
