@@ -70,7 +70,7 @@ def experts_forward(
     y = y * routing.reshape(-1)[order, None]
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
-    return y[back].view(tokens, k, -1).sum(1).to(x.dtype)
+    return y[back].view(tokens, k, y.shape[-1]).sum(1).to(x.dtype)
 
 
 def _grouped(
@@ -84,13 +84,13 @@ def _grouped(
     for adapter in layer.acting_adapters() if layer is not None else []:
         a, b = layer.split_factors(adapter)  # type: ignore[union-attr]
         adapters.append((a.unbind(0), b.contiguous().unbind(0), layer.scaling[adapter]))  # type: ignore[union-attr]
+    parts = x.split(sizes)
+    used = [e for e, size in enumerate(sizes) if size] or [0]  # of no rows at all, an empty product
     outputs = []
-    for e, part in enumerate(x.split(sizes)):
-        if not sizes[e]:
-            continue
+    for e in used:
         updates = [(a[e], b[e], scaling) for a, b, scaling in adapters]
-        outputs.append(_linear(part, weights[e], biases[e], updates))
-    return torch.cat(outputs) if outputs else x.new_zeros(0, weights[0].shape[0])
+        outputs.append(_linear(parts[e], weights[e], biases[e], updates))
+    return torch.cat(outputs)
 
 
 def _linear(

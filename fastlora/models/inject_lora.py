@@ -59,7 +59,7 @@ class LoraInjection(PartsInjection):
             isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         )
         if config.target_modules is None and config.target_parameters:
-            config.target_modules = []
+            return
         config.target_modules = targets = resolve_targets(config, model)
         if all_linear and isinstance(targets, list):
             self._drop_attention_outputs(targets)
