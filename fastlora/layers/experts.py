@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import lora_linear
-from .plain import is_undisturbed
+from .plain import FLOATS, is_undisturbed
 
 if TYPE_CHECKING:
     from .parameter import LoRAParameter
@@ -29,15 +29,19 @@ def reads_experts(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> bool:
-    """Whether ``experts_forward`` computes what ``module`` would: transformers marked it, adapters are on its projections
-    alone, and it is called with rows [M, K], experts [M, k] and routing weights [M, k]."""
+    """Whether ``experts_forward`` computes what ``module`` would: transformers marked it, its projections are in floats,
+    adapters are on them alone, and it is called with rows [M, K], experts [M, k] and routing weights [M, k]."""
     marked = all(hasattr(module, mark) for mark in _MARKS) and hasattr(module, "_apply_gate")
     if not marked or getattr(module, "_is_expert_parallel", True) or not is_undisturbed(module):
         return False
     projections = (_up_name(module), "down_proj")
-    shaped = all(layers[name].weight.ndim == 3 for name in layers)
-    tensors = len(args) == 3 and not kwargs and all(isinstance(arg, Tensor) for arg in args)
-    return set(layers) <= set(projections) and shaped and tensors and args[0].ndim == 2
+    weights = [module._parameters.get(name) for name in projections]
+    if not set(layers) <= set(projections) or any(
+        w is None or w.dtype not in FLOATS for w in weights
+    ):
+        return False
+    called = len(args) == 3 and not kwargs and all(isinstance(arg, Tensor) for arg in args)
+    return called and args[0].ndim == 2 and all(w.ndim == 3 for w in weights if w is not None)
 
 
 def _up_name(module: Any) -> str:

@@ -138,7 +138,8 @@ class TrainableTokens(StandIn, MergeableLayer):
                 assert isinstance(module, nn.Linear)
                 index = self._index(name, y.device)[1]
                 bias = None if module.bias is None else module.bias[index]
-                y = y.index_copy(-1, index, F.linear(x, rows, bias).to(y.dtype))
+                # In place: logits are large, and a linear's result is nobody else's.
+                y.index_copy_(-1, index, F.linear(x, rows, bias).to(y.dtype))
         return y
 
     @staticmethod

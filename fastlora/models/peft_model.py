@@ -340,7 +340,7 @@ class PeftModel(_Delegate):
         Raises:
             ValueError: merged already, no adapter acts, ``adapter_names`` are others, or a weight that cannot be merged
                 (sharded, FP4, NaN in an adapter).
-            NotImplementedError: a layer whose base is not fastlora's to write (bitsandbytes', Conv1D). The model is then
+            NotImplementedError: a layer whose base is not fastlora's to write (bitsandbytes', hooked ones). The model is then
                 as it was.
         """
         self._check_active(adapter_names)
