@@ -195,7 +195,7 @@ class LoRALayer(AdapterLayer):
             NotImplementedError: the base's weight is not fastlora's to write.
         """
         raise NotImplementedError(
-            f"a {type(self).__name__} leaves its base as it is: merging is for LoRALinear and QLoRALinear. "
+            f"a {type(self).__name__} leaves its base as it is: merging is for layers whose weight is fastlora's. "
             "Save the adapter and merge it with stock peft"
         )
 
