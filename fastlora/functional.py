@@ -336,7 +336,8 @@ def _to(device: torch.device, wanted: torch.device) -> str:
         return f"move it with .to({str(wanted)!r})"
     return (
         "it has no data: load it first. Where accelerate offloads (cpu_offload, disk_offload, dispatch_model), give it "
-        "preload_module_classes=['LoRALinear', 'QLoRALinear', 'LoRAWrapper'], whose parameters are their submodules'"
+        "preload_module_classes=['LoRALinear', 'LoRAConv1D', 'LoRAEmbedding', 'QLoRALinear', 'LoRAWrapper'], whose parameters "
+        "are their submodules'"
     )
 
 

@@ -2,6 +2,8 @@
 
     in the model (under base_model.model.)      in the file
     <m>.lora_A.<adapter>                        <m>.lora_A.weight
+    <m>.lora_embedding_A.<adapter>              <m>.lora_embedding_A
+    <m>.trainable_tokens_delta.<adapter>        <m>.token_adapter.trainable_tokens_delta
     <m>.modules_to_save.<adapter>.<p>           <m>.<p>
     <m>.bias of an adapted linear               <m>.base_layer.bias        (bias="all", "lora_only")
     <m>.bias of any other module                <m>.bias                   (bias="all")
@@ -25,8 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..layers import AdapterLayer, LoRALinear, QLoRALinear
+from ..layers import AdapterLayer
 from ..layers.adapter import AdapterTensor, check_adapter_name
+from ..layers.embedding import LoRAEmbedding
+from ..layers.fused import FusedLayer
 from ..layers.plain import FLOATS
 from ..methods import PeftConfig
 from ..methods.base import CONFIG_NAME
@@ -200,7 +204,7 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
         if not isinstance(module, AdapterLayer):
             continue
         at = f"{name}." if name else ""
-        if isinstance(module, (LoRALinear, QLoRALinear)) and module.adapters:
+        if isinstance(module, FusedLayer) and module.adapters:
             adapted.add(f"{name}.bias")
         in_file = f"{prefix}{at}" if module.names_in_file else ""
         for key, entry in module.adapter_tensors(adapter_name).items():
@@ -225,7 +229,7 @@ def _embedding_entries(model: PeftModel, adapter_name: str) -> dict[str, Adapter
     embeddings = [end() for end in ends if callable(end)]
     for name, module in base.named_modules():
         if any(module is embedding for embedding in embeddings):
-            inner = "base_layer." if isinstance(module, LoRALinear) else ""
+            inner = "base_layer." if isinstance(module, (FusedLayer, LoRAEmbedding)) else ""
             for key, tensor in module._parameters.items():  # a TrainableCopy has none of its own
                 if tensor is not None:
                     entries[f"{prefix}{name}.{inner}{key}"] = AdapterTensor(
@@ -239,7 +243,13 @@ def _check_same_method(
 ) -> None:
     """The values only mean the same with the same scaling; shapes say the rest."""
     own = model.peft_config[adapter_name]
-    for field in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern"):
+    for field in (
+        "peft_type",
+        "lora_alpha",
+        "use_rslora",
+        "alpha_pattern",
+        "trainable_token_indices",
+    ):
         ours, theirs = getattr(own, field, None), getattr(config, field, None)
         if ours != theirs:
             raise ValueError(

@@ -2,22 +2,31 @@
 
 from .adapter import AdapterLayer
 from .base import LoRALayer
+from .conv1d import LoRAConv1D
+from .embedding import LoRAEmbedding
 from .explanation import explain
 from .linear import LoRALinear
+from .parameter import LoRAParameter
 from .prompts import PrefixTokens, PromptLayer, VirtualTokens
 from .qlora import QLoRALinear
 from .saved import TrainableCopy
+from .tokens import TiedTokens, TrainableTokens
 from .wrapper import LoRAWrapper
 
 __all__ = [
     "AdapterLayer",
+    "LoRAConv1D",
+    "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
+    "LoRAParameter",
     "LoRAWrapper",
     "PrefixTokens",
     "PromptLayer",
     "QLoRALinear",
+    "TiedTokens",
     "TrainableCopy",
+    "TrainableTokens",
     "VirtualTokens",
     "explain",
 ]

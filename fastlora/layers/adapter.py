@@ -54,6 +54,7 @@ class AdapterLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
         self.adapters_enabled = True
 
     @property
@@ -78,7 +79,12 @@ class AdapterLayer(nn.Module):
         return found
 
     def check_change(self, what: str) -> None:
-        """ValueError if the layer is in a state in which its adapters cannot be changed (merged, say)."""
+        """ValueError if adapters are merged: they cannot be changed then."""
+        if self.merged_adapters:
+            raise ValueError(
+                f"{what}: adapters {self.merged_adapters} are merged into the weight; unmerge first "
+                "(unmerge_adapter of the model, unmerge of a layer)"
+            )
 
     def check_active(self, names: list[str]) -> None:
         """ValueError if ``names`` cannot be active at once."""
@@ -99,8 +105,8 @@ class AdapterLayer(nn.Module):
         self.adapters_enabled = enabled
 
     def acting_adapters(self) -> list[str]:
-        """The adapters that act in forward: none while they are off."""
-        if not self.adapters_enabled:
+        """The adapters that act in forward: none while they are off or merged."""
+        if not self.adapters_enabled or self.merged_adapters:
             return []
         present = self.adapters
         return [name for name in self.active_adapters if name in present]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.support import MAX_RANK
-from ..quant import NF4Tensor
 from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
 from .inits import check_init, initial_factors
+from .merging import Merged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,20 +23,8 @@ def adapter_dtype_for(dtype: torch.dtype | None) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Merged(NamedTuple):
-    """A base weight with adapters in it, and how far that is from the exact W + sum of s B A.
-
-    ``error`` is ||weight - exact|| / ||exact||, ``update`` is ||exact - W|| / ||exact||, in Frobenius norms: an error as
-    large as the update means that the update is lost in the rounding.
-    """
-
-    weight: Tensor | NF4Tensor
-    error: float
-    update: float
-
-
 class LoRALayer(AdapterLayer):
-    """A linear map [..., K] -> [..., N] with any number of named adapters, some of them active.
+    """A matrix [N, K], of a linear map [..., K] -> [..., N] as a rule, with any number of named adapters, some active.
 
     Parameters: ``lora_A[name]`` [r, K] and ``lora_B[name]`` [N, r]. The dicts ``r``,
     ``lora_alpha``, ``scaling``, ``lora_dropout``, ``use_rslora`` and ``init_lora_weights`` hold one
@@ -44,6 +32,12 @@ class LoRALayer(AdapterLayer):
     updates are added, as in PEFT.
     """
 
+    is_linear: ClassVar[bool] = True  # whether forward is that linear map
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    # Matrices that one adapter's A [r * stacked, K] and B [N, r * stacked] are for: experts, say.
+    stacked: int = 1
     by_adapter: ClassVar[tuple[str, ...]] = (
         "r",
         "lora_A",
@@ -59,15 +53,14 @@ class LoRALayer(AdapterLayer):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
+        for part in self.factor_names:
+            self.add_module(part, nn.ParameterDict())
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float | Tensor] = {}
         self.lora_dropout: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.init_lora_weights: dict[str, bool | str] = {}
-        self.merged_adapters: list[str] = []
 
     # What a subclass says about its base.
 
@@ -125,8 +118,8 @@ class LoRALayer(AdapterLayer):
         scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         if device.type == "meta":
             a, b, residual = (
-                torch.empty(r, self.in_features),
-                torch.empty(self.out_features, r),
+                torch.empty(r * self.stacked, self.in_features),
+                torch.empty(self.out_features, r * self.stacked),
                 None,
             )
         else:
@@ -249,17 +242,9 @@ class LoRALayer(AdapterLayer):
             NotImplementedError: the base's weight is not fastlora's to write.
         """
         raise NotImplementedError(
-            f"a {type(self).__name__} leaves its base as it is: merging is for LoRALinear and QLoRALinear. "
+            f"a {type(self).__name__} leaves its base as it is: merging is for layers whose weight is fastlora's. "
             "Save the adapter and merge it with stock peft"
         )
-
-    def check_change(self, what: str) -> None:
-        """ValueError if adapters are merged."""
-        if self.merged_adapters:
-            raise ValueError(
-                f"{what}: adapters {self.merged_adapters} are merged into the weight; unmerge first "
-                "(unmerge_adapter of the model, unmerge of a layer)"
-            )
 
     def acting_adapters(self) -> list[str]:
         """The adapters that forward adds to the base: none while they are off or merged."""

@@ -14,6 +14,8 @@ from ..ops import cuda_backend, support
 from ..ops.nf4 import dx_reads_codes, reads_codes
 from ..quant.bitsandbytes import obstacle, pack
 from ..rng import mask_shape
+from .base import LoRALayer
+from .conv1d import LoRAConv1D
 
 
 def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
@@ -24,7 +26,9 @@ def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
 def _tensors(layer: Any) -> tuple[Any, Tensor | None, Tensor | None, bool]:
     """Weight [N, K] (4-bit ones have a form), the active adapter's A and B, and whether it drops, of a fastlora layer or a PEFT ``lora.Linear``."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    weight = getattr(base, "weight", None)
+    if isinstance(base, LoRALayer) and not base.is_linear:
+        raise TypeError(f"layer: got {type(base).__name__}, which is no linear")
+    weight = base.weight.t() if isinstance(base, LoRAConv1D) else getattr(base, "weight", None)
     if hasattr(weight, "quant_state"):  # bitsandbytes' 4-bit weight, as accelerate takes it
         if reason := obstacle(weight, read_code=False):
             raise TypeError(f"layer: its 4-bit weight {reason}")

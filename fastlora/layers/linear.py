@@ -123,12 +123,6 @@ class LoRALinear(FusedLayer):
     def _replace_base_weight(self, weight: Tensor) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def _floats(self) -> Tensor:
-        return self.weight.data.to(torch.promote_types(self.weight.dtype, torch.float32))
-
-    def _stored(self, exact: Tensor, dequantize: bool | torch.dtype) -> Tensor:
-        return exact.to(self.weight.dtype)
-
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -26,3 +28,24 @@ def is_plain_linear(module: nn.Module) -> bool:
     weight = module.weight
     shape = (module.out_features, module.in_features)
     return type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.shape == shape
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, which is a linear with its weight stored [K, N]; without importing transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def is_plain_conv1d(module: nn.Module) -> bool:
+    """Exactly that, with an ordinary float weight, undisturbed."""
+    if not is_conv1d(module) or not is_undisturbed(module):
+        return False
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.ndim == 2
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` with its settings and hooks, and without tensors."""
+    made = copy.copy(module)
+    made._parameters, made._buffers = {}, {}
+    return made

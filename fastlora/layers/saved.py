@@ -7,21 +7,22 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
+from .adapter import AdapterTensor, check_adapter_name
+from .standin import StandIn
 
 
-class TrainableCopy(AdapterLayer):
+class TrainableCopy(StandIn):
     """A module and a trained copy of it per adapter; the active adapter's acts, or the original.
 
     The frozen original stays as ``original_module``, so that disabling the adapter gives the base
-    model back. Attributes that this module lacks (``weight`` of an output layer, say) are read from
-    the module that acts.
+    model back.
 
     Args:
         module: the module to train a copy of.
         adapter_name: the adapter that the copy belongs to.
     """
 
+    stands_for: ClassVar[str] = "original_module"
     by_adapter: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
     def __init__(self, module: nn.Module, adapter_name: str = "default") -> None:
@@ -66,11 +67,3 @@ class TrainableCopy(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.acting()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original_module" not in self.__dict__.get("_modules", {}):
-                raise  # not built yet (unpickling): nothing to read from
-            return getattr(self.acting(), name)

@@ -22,6 +22,18 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}: got {value!r}; accepted are integers from {least} on")
 
 
+def check_indices(name: str, value: Any) -> list[int]:
+    """``value`` as a list of different integers from 0 on; TypeError or ValueError unless it is one."""
+    if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name}: got {value!r}; accepted is a list of indices")
+    indices = list(value)
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+        raise TypeError(f"{name}: got {indices[:8]!r}; accepted are integers")
+    if not indices or min(indices) < 0 or len(set(indices)) != len(indices):
+        raise ValueError(f"{name}: got {indices[:8]!r}; accepted are different indices from 0 on")
+    return indices
+
+
 def check_finite(name: str, value: Any) -> None:
     """ValueError unless ``value`` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -12,6 +12,7 @@ from .checks import (
     check_choice,
     check_finite,
     check_flag,
+    check_indices,
     check_probability,
     check_rank,
     check_regex,
@@ -25,8 +26,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "use_qalora": False,
     "ensure_weight_tying": False,
     "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
     "alora_invocation_tokens": None,
     "megatron_config": None,
     "eva_config": None,
@@ -52,7 +51,8 @@ class LoraConfig(TargetedConfig):
         exclude_modules: names or a regular expression; these win over ``target_modules``.
         lora_alpha: scaling is lora_alpha / r (``use_rslora``: lora_alpha / sqrt(r)).
         lora_dropout: probability in [0, 1) on the low-rank path.
-        fan_in_fan_out: kept for files that carry it; the layer's own type decides here.
+        fan_in_fan_out: the adapted layers store their weight [K, N], as transformers' Conv1D does. The layers say
+            themselves: a value that does not fit is corrected with a warning.
         bias: "none", "all" (every bias of the model is trained) or "lora_only" (those of the
             adapted layers).
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
@@ -62,6 +62,10 @@ class LoraConfig(TargetedConfig):
         layers_to_transform, layers_pattern: layer indices, and the name that precedes the index.
         rank_pattern, alpha_pattern: regular expression on the end of a module name -> its own r or
             lora_alpha; the first match wins.
+        target_parameters: Parameters (a name equals one or ends in "." + one) that modules read themselves, as those with
+            stacked expert weights do; ``target_modules=None`` then means none. See ``layers.LoRAParameter``.
+        trainable_token_indices: rows of the input embeddings that are trained, with those of a tied output layer; or
+            a dict, names of modules by their end -> rows. See ``layers.TrainableTokens``.
         task_type: one of ``TASK_TYPES`` or None; a classification or question-answering type trains
             the head too.
         base_model_name_or_path, revision: recorded in the file.
@@ -100,12 +104,12 @@ class LoraConfig(TargetedConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     quantize: str | None = None
     use_dora: bool = False
     lora_bias: bool = False
     layer_replication: Any = None
-    target_parameters: Any = None
-    trainable_token_indices: Any = None
     alora_invocation_tokens: Any = None
     use_qalora: bool = False
     ensure_weight_tying: bool = False
@@ -136,6 +140,31 @@ class LoraConfig(TargetedConfig):
             )
         self._check_layers()
         self._check_patterns()
+        if self.target_parameters is not None:
+            self.target_parameters = module_names("target_parameters", self.target_parameters)
+            if self.target_parameters and self.lora_dropout:
+                raise ValueError(
+                    f"lora_dropout: got {self.lora_dropout} with target_parameters; accepted is 0.0, for a Parameter has no "
+                    "input to drop from"
+                )
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        given = self.trainable_token_indices
+        if given is None:
+            return
+        name = "trainable_token_indices"
+        if not isinstance(given, dict):
+            self.trainable_token_indices = check_indices(name, given)
+            return
+        for key in given:
+            if not isinstance(key, str) or not key:
+                raise TypeError(f"{name}: got {key!r} as a name; accepted are module names")
+            if key in (self.modules_to_save or []):
+                raise ValueError(f"{name}: {key!r} is in modules_to_save as well; give one of them")
+        self.trainable_token_indices = {
+            key: check_indices(f"{name}[{key!r}]", indices) for key, indices in given.items()
+        }
 
     def _check_layers(self) -> None:
         if self.layers_to_transform is not None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..layers import AdapterLayer, LoRALayer
+from ..layers.plain import is_conv1d
 from .base import TargetedConfig
 
 Number = TypeVar("Number", int, float)
@@ -189,10 +190,9 @@ def all_linear(config: TargetedConfig, model: nn.Module) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    conv1d = type(module).__name__ == "Conv1D" and type(module).__module__.startswith(
-        "transformers."
-    )
-    return isinstance(module, (nn.Linear, LoRALayer)) or conv1d
+    if isinstance(module, LoRALayer):
+        return module.is_linear
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _output_module(config: TargetedConfig, model: nn.Module) -> nn.Module | None:

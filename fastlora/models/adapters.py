@@ -165,7 +165,7 @@ class Adapters(nn.Module):
                 f"adapter {adapter_name!r} was active and is deleted; {active[0]!r} is active now",
                 stacklevel=2,
             )
-        trained = self._trains(adapter_name)
+        trained = any(map(self._trains, self._active))
         for layer in self.adapter_layers():
             layer.delete_adapter(adapter_name)
         del self._configs[adapter_name]
@@ -312,7 +312,7 @@ class Adapters(nn.Module):
         Raises:
             ValueError: merged already, no adapter acts, ``adapter_names`` are others, or a weight that cannot be merged
                 (sharded, FP4, NaN in an adapter).
-            NotImplementedError: a layer whose base is not fastlora's to write (bitsandbytes', Conv1D). The model is then
+            NotImplementedError: a layer whose base is not fastlora's to write (bitsandbytes', hooked ones). The model is then
                 as it was.
         """
         self._check_active(adapter_names)

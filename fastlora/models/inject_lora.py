@@ -1,18 +1,30 @@
-"""How LoRA enters a model: linears become ``LoRALinear``, ``QLoRALinear`` or ``LoRAWrapper``."""
+"""How LoRA enters a model: modules become the layers of a table, beside Parameters and rows that have adapters alone."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..layers import AdapterLayer, LoRALayer, LoRALinear, LoRAWrapper, QLoRALinear
+from ..layers import (
+    AdapterLayer,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    LoRAParameter,
+    LoRAWrapper,
+    QLoRALinear,
+    TiedTokens,
+    TrainableTokens,
+)
+from ..layers.embedding import embedding_problem
 from ..layers.inits import changes_base_weight
-from ..layers.plain import FLOATS, is_plain_linear
+from ..layers.plain import FLOATS, is_conv1d, is_plain_conv1d, is_plain_linear
 from ..layers.wrapper import linear_features
-from ..methods import LoraConfig
 from ..methods.matching import (
     describe_experts,
     expert_parameters,
@@ -22,10 +34,19 @@ from ..methods.matching import (
     shortest_names,
     unmatched_patterns,
 )
-from .inject import Injection
+from ..quant import NF4Tensor
+from .inject_parts import PartsInjection
+
+# What takes a module's place: the layer of the first line that fits.
+_LAYERS: tuple[tuple[Callable[[Any], bool], Callable[..., LoRALayer]], ...] = (
+    (is_plain_linear, LoRALinear.from_linear),
+    (is_plain_conv1d, LoRAConv1D),
+    (lambda module: embedding_problem(module) is None, LoRAEmbedding),
+    (lambda module: linear_features(module) is not None, LoRAWrapper),
+)
 
 
-class LoraInjection(Injection[LoraConfig]):
+class LoraInjection(PartsInjection):
     """Low-rank updates at linear modules, and the base in 4 bits where the configuration says so."""
 
     def _resolve(self) -> None:
@@ -37,6 +58,8 @@ class LoraInjection(Injection[LoraConfig]):
         all_linear = (
             isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         )
+        if config.target_modules is None and config.target_parameters:
+            return
         config.target_modules = targets = resolve_targets(config, model)
         if all_linear and isinstance(targets, list):
             self._drop_attention_outputs(targets)
@@ -54,9 +77,12 @@ class LoraInjection(Injection[LoraConfig]):
             )
 
     def _targets(self) -> list[str]:
-        names = super()._targets()
+        parameters = self._target_parameters()
+        only_parameters = parameters and not self.config.target_modules
+        names = [] if only_parameters else super()._targets()
+        adapted = [*names, *parameters]
         for field in ("rank_pattern", "alpha_pattern"):
-            unused = unmatched_patterns(getattr(self.config, field), names)
+            unused = unmatched_patterns(getattr(self.config, field), adapted)
             if unused:
                 warnings.warn(
                     f"{field}: {unused} match no adapted module and are not used", stacklevel=6
@@ -70,11 +96,42 @@ class LoraInjection(Injection[LoraConfig]):
             warnings.warn(f"quantize: {describe_experts(experts)}", stacklevel=5)
         self._quantized = {name for name in quantized if self._is_quantizable(name)}
         super()._plan_layers()
+        self._correct_fan_in_fan_out()
+        self._warn_of_shared()
+        self._plan_parameters()
+        self._plan_tokens()
         adapted = {id(swap.old) for swap in self._swaps}
         for name in sorted(self._quantized):
             if id(self._modules[name]) not in adapted:
                 self._swap_child(name, self._in_nf4(self._modules[name], r=None))
         self._plan_encoders()
+
+    def _correct_fan_in_fan_out(self) -> None:
+        """The layers say how they store their weight; as in PEFT, a configuration that says otherwise is corrected."""
+        config = self.config
+        adapted = [swap.old for swap in self._swaps] + [growth.layer for growth in self._growths]
+        linears = [module for module in adapted if linear_features(module) is not None]
+        stored = any(isinstance(module, LoRAConv1D) or is_conv1d(module) for module in linears)
+        if linears and stored != config.fan_in_fan_out:
+            kind = "Conv1D modules" if stored else "no Conv1D"
+            warnings.warn(
+                f"fan_in_fan_out: is {config.fan_in_fan_out}, and target_modules matches {kind}; set to {stored}",
+                stacklevel=6,
+            )
+            config.fan_in_fan_out = stored
+
+    def _warn_of_shared(self) -> None:
+        shared = [
+            swap.attribute
+            for swap in self._swaps
+            if self._users[id(getattr(swap.old, "weight", None))] > 1
+        ]
+        if shared:
+            warnings.warn(
+                f"target_modules: {sorted(set(shared))} share their weight with another module (tied weights), which gets no "
+                "part of the update; merging will give them a weight of their own",
+                stacklevel=6,
+            )
 
     def _is_quantizable(self, name: str) -> bool:
         """Alone with its weight, computing what its class says, and asked for its output rather than its weight."""
@@ -92,19 +149,25 @@ class LoraInjection(Injection[LoraConfig]):
     def _problem(self, name: str, module: nn.Module) -> str | None:
         if isinstance(self._parent(name), nn.MultiheadAttention):
             return "torch.nn.MultiheadAttention reads its weight past it: an adapter would idle"
+        if isinstance(module, (LoRAParameter, TrainableTokens, TiedTokens)):
+            return "another adapter is on its Parameters (target_parameters) or rows (trainable_token_indices) alone"
+        if isinstance(module, nn.Embedding):
+            return embedding_problem(module)
         if linear_features(module) is None:
             kind = type(module).__name__
-            return f"a {kind} is not a linear map with a known size; fastlora adapts linear modules"
+            return (
+                f"a {kind} is not a linear map with a known size; fastlora adapts linear modules and embeddings, and "
+                "other modules' Parameters with target_parameters"
+            )
         return None
 
-    def _settings(self, name: str, module: nn.Module) -> dict[str, Any]:
-        """Of the module's adapter, as ``LoRALayer.add_adapter`` takes them."""
+    def _settings(self, name: str, weight: Any) -> dict[str, Any]:
+        """Of the adapter of the module ``name``, as ``LoRALayer.add_adapter`` takes them."""
         config = self.config
-        weight = getattr(module, "weight", None)
         dtype = None
         if not self._widen:
             is_float = isinstance(weight, torch.Tensor) and weight.dtype in FLOATS
-            dtype = weight.dtype if is_float or isinstance(module, QLoRALinear) else None  # type: ignore[union-attr]
+            dtype = weight.dtype if is_float or isinstance(weight, NF4Tensor) else None
         return {
             "r": pattern_value(config.rank_pattern, name, config.r),
             "lora_alpha": pattern_value(config.alpha_pattern, name, config.lora_alpha),
@@ -117,6 +180,7 @@ class LoraInjection(Injection[LoraConfig]):
     def _layer(self, name: str, module: nn.Module) -> LoRALayer:
         if (
             changes_base_weight(self.config.init_lora_weights)
+            and not isinstance(module, nn.Embedding)
             and self._users[id(getattr(module, "weight", None))] > 1
         ):
             raise ValueError(
@@ -124,17 +188,16 @@ class LoraInjection(Injection[LoraConfig]):
                 f"{name!r}, which another module shares (tied weights); exclude it, or use "
                 "init_lora_weights=True"
             )
-        settings = {**self._settings(name, module), "adapter_name": self.adapter_name}
+        weight = getattr(module, "weight", None)
+        settings = {**self._settings(name, weight), "adapter_name": self.adapter_name}
         if name in self._quantized:
             return self._in_nf4(module, **settings)
-        if is_plain_linear(module):
-            assert isinstance(module, nn.Linear)
-            return LoRALinear.from_linear(module, **settings)
-        return LoRAWrapper(module, **settings)
+        make = next(make for fits, make in _LAYERS if fits(module))
+        return make(module, **settings)
 
     def _grow(self, name: str, layer: AdapterLayer) -> None:
         assert isinstance(layer, LoRALayer)
-        layer.add_adapter(self.adapter_name, **self._settings(name, layer))
+        layer.add_adapter(self.adapter_name, **self._settings(name, getattr(layer, "weight", None)))
 
     def _plan_growth(self, name: str, layer: AdapterLayer) -> None:
         init = self.config.init_lora_weights

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import LoRALayer, TrainableCopy
-from ..layers.base import Merged
-from ..layers.fused import FusedLayer
+from ..layers import LoRALayer, TiedTokens, TrainableCopy
+from ..layers.merging import MergeableLayer, Merged
 from ..layers.plain import FLOATS
 
 _NOTICEABLE = 0.1  # of an update: what rounding may take of it without a warning
@@ -55,7 +54,7 @@ def check_exchange(model: nn.Module, enabled: bool) -> None:
     """ValueError if switching the adapters of ``model`` would exchange sharded weights; nothing is changed."""
     sharded = _under_fsdp(model)
     for name, layer in model.named_modules():
-        if isinstance(layer, FusedLayer):
+        if isinstance(layer, MergeableLayer):
             try:
                 layer.check_exchange(enabled, id(layer) in sharded)
             except ValueError as error:
@@ -66,7 +65,7 @@ def check_not_sharded(model: nn.Module) -> None:
     """ValueError if merging in place would put weights where FSDP keeps its own."""
     sharded = _under_fsdp(model)
     for name, layer in model.named_modules():
-        if id(layer) in sharded and isinstance(layer, FusedLayer) and layer.acting_adapters():
+        if id(layer) in sharded and isinstance(layer, MergeableLayer) and layer.acting_adapters():
             raise ValueError(
                 f"module {name!r}: weight: is sharded, or gathered by FSDP for a while; merge before fully_shard"
             )
@@ -87,16 +86,16 @@ def unmerge(model: nn.Module) -> None:
     """The weights from before ``merge``."""
     check_exchange(model, False)
     for layer in model.modules():
-        if isinstance(layer, FusedLayer):
+        if isinstance(layer, MergeableLayer):
             layer.unmerge()
 
 
 def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
     """Merge, and put layers without adapters where those with are; with ``dequantize`` none stays in 4 bits."""
     planned = list(_made(model, dequantize, unloading=True))
-    copies = [(name, m) for name, m in model.named_modules() if isinstance(m, TrainableCopy)]
-    swaps = [(name, layer.as_base(made.weight)) for name, layer, made in planned]
-    swaps += [(name, copy.acting()) for name, copy in copies]
+    copies = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, (TrainableCopy, TiedTokens))
+    ]
     merged = [(name, made) for name, layer, made in planned if layer.acting_adapters()]
     _warn([MergeReport(name, *made[1:]) for name, made in merged], dequantize)
     _warn_of_ties(
@@ -105,7 +104,9 @@ def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
         "config.tie_word_embeddings becomes False where it said so",
     )
     were_tied = _ends_are_tied(model)
-    for name, module in swaps:
+    swaps = [(name, layer.as_base(made.weight)) for name, layer, made in planned]
+    swaps += [(name, copy.acting()) for name, copy in copies]
+    for name, module in reversed(swaps):  # of layers in one another the innermost first
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     if were_tied and not _ends_are_tied(model):
@@ -117,19 +118,21 @@ def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
 
 def _made(
     model: nn.Module, dequantize: bool | torch.dtype, unloading: bool = False
-) -> Iterator[tuple[str, FusedLayer, Merged]]:
+) -> Iterator[tuple[str, MergeableLayer, Merged]]:
     """(name, layer, its merged weight) of the layers where an adapter acts, or if ``unloading`` of all that cannot stay.
 
     Raises:
         ValueError: ``dequantize`` is neither a bool nor a float dtype, adapters are merged already, or none acts; and as
-            ``FusedLayer.merged_weight``.
+            ``MergeableLayer.merged_weight``.
         NotImplementedError: a layer that cannot be merged.
     """
     if not isinstance(dequantize, bool) and dequantize not in FLOATS:
         raise ValueError(
             f"dequantize: got {dequantize!r}; accepted are True, False and {', '.join(map(str, FLOATS))}"
         )
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
+    layers = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, (LoRALayer, MergeableLayer))
+    ]
     if any(layer.merged_adapters for _, layer in layers):
         raise ValueError("merge: adapters are merged already; unmerge_adapter() first")
     if not any(layer.acting_adapters() for _, layer in layers):
@@ -139,21 +142,23 @@ def _made(
     if dequantize is True:
         dequantize = _float_dtype(model, layers) or True
     for name, layer in layers:
-        if layer.acting_adapters() or (unloading and (layer.r or dequantize)):
+        if layer.acting_adapters() or (unloading and (layer.adapters or dequantize)):
             try:
                 made = layer.merged_weight(dequantize)
             except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"module {name!r}: {error}") from error
-            assert isinstance(layer, FusedLayer)
+            assert isinstance(layer, MergeableLayer)
             yield name, layer, made
 
 
-def _float_dtype(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> torch.dtype | None:
+def _float_dtype(
+    model: nn.Module, layers: list[tuple[str, LoRALayer | MergeableLayer]]
+) -> torch.dtype | None:
     """What the model computes in: the dtype of most of its float parameters but for adapters. None: it has none.
 
     A 4-bit weight knows the dtype that it was quantised from, and not that the model was cast since.
     """
-    adapters = {id(p) for _, m in layers for p in (*m.lora_A.values(), *m.lora_B.values())}
+    adapters = {id(p) for _, m in layers for name in m.adapters for p in m.adapter_parameters(name)}
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in adapters:
@@ -163,12 +168,15 @@ def _float_dtype(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> torch
 
 def _warn_of_ties(model: nn.Module, merged: list[str], what: str) -> None:
     """Say which of the ``merged`` layers share their weight with another module, which goes on with the old one."""
-    holders: dict[int, list[str]] = {}
+    holders: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append(name)
+            holders.setdefault(id(parameter), {})[name] = module
     for name in merged:
-        others = [n for n in holders.get(id(model.get_submodule(name).weight), []) if n != name]
+        layer: Any = model.get_submodule(name)
+        own = layer.weight_holders()
+        found = holders.get(id(layer.weight), {})
+        others = [other for other, module in found.items() if module not in own]
         if others:
             warnings.warn(
                 f"merging gives {name!r} a weight of its own, which it shared with {others[0]!r}: that one has no update. "

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -168,3 +169,44 @@ def test_dora_file_points_to_stock_peft(tmp_path: Path) -> None:
     peft.LoraConfig(use_dora=True).save_pretrained(tmp_path)
     with pytest.raises(NotImplementedError, match="use_dora"):
         LoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given", [[3, 1], {"embed_tokens": [3, 1], "lm_head": [2]}], ids=["list", "dict"]
+)
+def test_parts_of_modules_go_through_pefts_file(given: Any, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "trainable_token_indices": given,
+        "target_parameters": ["experts.down_proj"],
+    }
+    LoraConfig(**fields).save_pretrained(tmp_path)
+    theirs = peft.LoraConfig.from_pretrained(tmp_path)
+    assert theirs.trainable_token_indices == given
+    assert theirs.target_parameters == ["experts.down_proj"]
+    theirs.save_pretrained(tmp_path)
+    ours = LoraConfig.from_pretrained(tmp_path)
+    assert {name: getattr(ours, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"trainable_token_indices": []}, ValueError, "different indices"),
+        ({"trainable_token_indices": [1, 1]}, ValueError, "different indices"),
+        ({"trainable_token_indices": [-1]}, ValueError, "different indices"),
+        ({"trainable_token_indices": [True]}, TypeError, "integers"),
+        ({"trainable_token_indices": "12"}, TypeError, "list of indices"),
+        ({"trainable_token_indices": {"": [1]}}, TypeError, "module names"),
+        ({"trainable_token_indices": {"a": [0.5]}}, TypeError, r"\['a'\].*integers"),
+        ({"trainable_token_indices": {"a": [1]}, "modules_to_save": ["a"]}, ValueError, "as well"),
+        ({"target_parameters": "experts.up"}, TypeError, "list of module names"),
+        ({"target_parameters": ["experts.up"], "lora_dropout": 0.1}, ValueError, "lora_dropout"),
+        ({"layer_replication": [[0, 1]]}, NotImplementedError, "layer_replication"),
+        ({"ensure_weight_tying": True}, NotImplementedError, "ensure_weight_tying"),
+    ],
+)
+def test_bad_parts_of_modules_are_refused(
+    fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LoraConfig(**fields)

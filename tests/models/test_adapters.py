@@ -141,6 +141,18 @@ def test_deleting_one_of_several_active_keeps_the_others() -> None:
     assert torch.equal(logits(model, ids), alone)
 
 
+def test_deleting_one_that_waits_changes_nothing_else() -> None:
+    model, ids = own(), some_ids()
+    before, trains = logits(model, ids), trained(model)
+    model.delete_adapter("b")
+    assert torch.equal(logits(model, ids), before)
+    assert trained(model) == trains
+    model.add_adapter("b", LoraConfig(**B))
+    model.set_adapter("a", inference_mode=True)
+    model.delete_adapter("b")
+    assert trained(model) == []
+
+
 def test_renaming_changes_names_alone(tmp_path: Path) -> None:
     model, ids = own(), some_ids()
     before, trains = logits(model, ids), trained(model)

@@ -133,7 +133,7 @@ def share(model: PlainNet) -> None:
         (None, {"target_modules": ["nothing_like_it"]}, r"matches no module.*'down'.*'up'"),
         (None, {"target_modules": ["up"], "exclude_modules": ["up"]}, "matches no module"),
         (None, {"target_modules": ["up"], "layers_to_transform": [7]}, "layers_to_transform"),
-        (None, {"target_modules": ["up", "embed"]}, "Embedding.*accelerate"),
+        (None, {"target_modules": ["up", "norm"]}, "LayerNorm.*accelerate"),
         (None, {"target_modules": ["up", "norm"]}, "LayerNorm"),
         (None, {"target_modules": ["up", "layers"]}, "ModuleList"),
         (None, {"target_modules": ["up"], "modules_to_save": ["nope"]}, "modules_to_save: 'nope'"),

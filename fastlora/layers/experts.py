@@ -1,0 +1,113 @@
+"""transformers' experts with adapters: each expert's product with its low-rank term, and no delta of any expert.
+
+transformers marks modules that hold stacked expert weights (``use_experts_implementation``), and computes all of them by one
+scheme: rows are sorted by expert; up projection, gate or activation, down projection; routing weights; sum over each token's
+experts. What differs the module says: ``has_gate``, ``has_bias``, ``is_transposed``, ``has_post_expert_norm``, ``_apply_gate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import lora_linear
+from .plain import FLOATS, is_undisturbed
+
+if TYPE_CHECKING:
+    from .parameter import LoRAParameter
+
+_MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
+
+
+def reads_experts(
+    module: nn.Module,
+    layers: Mapping[str, LoRAParameter],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Whether ``experts_forward`` computes what ``module`` would: transformers marked it, its projections are in floats,
+    adapters are on them alone, and it is called with rows [M, K], experts [M, k] and routing weights [M, k]."""
+    marked = all(hasattr(module, mark) for mark in _MARKS) and hasattr(module, "_apply_gate")
+    if not marked or getattr(module, "_is_expert_parallel", True) or not is_undisturbed(module):
+        return False
+    projections = (_up_name(module), "down_proj")
+    weights = [module._parameters.get(name) for name in projections]
+    if not set(layers) <= set(projections) or any(
+        w is None or w.dtype not in FLOATS for w in weights
+    ):
+        return False
+    called = len(args) == 3 and not kwargs and all(isinstance(arg, Tensor) for arg in args)
+    return called and args[0].ndim == 2 and all(w.ndim == 3 for w in weights if w is not None)
+
+
+def _up_name(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def experts_forward(
+    module: Any,
+    layers: Mapping[str, LoRAParameter],
+    x: Tensor,
+    experts: Tensor,
+    routing: Tensor,
+) -> Tensor:
+    """What ``module`` gives for x [M, K], the experts [M, k] of each row and their routing weights [M, k].
+
+    Args:
+        layers: the adapters by Parameter; those of one that is not there do not act.
+    """
+    tokens, k = experts.shape
+    order = experts.reshape(-1).argsort(stable=True)
+    counts = torch.bincount(experts.reshape(-1), minlength=module.num_experts)
+    sizes = counts.tolist()  # the one point where the host waits
+    rows = x[order // k]
+    up = _up_name(module)
+    h = _grouped(module, up, layers.get(up), rows, sizes)
+    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+    y = _grouped(module, "down_proj", layers.get("down_proj"), h, sizes)
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    y = y * routing.reshape(-1)[order, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    return y[back].view(tokens, k, y.shape[-1]).sum(1).to(x.dtype)
+
+
+def _grouped(
+    module: Any, name: str, layer: LoRAParameter | None, x: Tensor, sizes: list[int]
+) -> Tensor:
+    """x [S, K], ``sizes[e]`` rows for each expert e in turn -> [S, N]: x W_e^T + bias_e + the acting adapters' terms."""
+    weight = getattr(module, name)
+    weights = (weight.mT if module.is_transposed else weight).unbind(0)
+    biases = getattr(module, f"{name}_bias").unbind(0) if module.has_bias else [None] * len(weights)
+    adapters = []
+    for adapter in layer.acting_adapters() if layer is not None else []:
+        a, b = layer.split_factors(adapter)  # type: ignore[union-attr]
+        adapters.append((a.unbind(0), b.contiguous().unbind(0), layer.scaling[adapter]))  # type: ignore[union-attr]
+    parts = x.split(sizes)
+    used = [e for e, size in enumerate(sizes) if size] or [0]  # of no rows at all, an empty product
+    outputs = []
+    for e in used:
+        updates = [(a[e], b[e], scaling) for a, b, scaling in adapters]
+        outputs.append(_linear(parts[e], weights[e], biases[e], updates))
+    return torch.cat(outputs)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: list[tuple[Tensor, Tensor, float | Tensor]],
+) -> Tensor:
+    """x W^T + bias + sum of s x A^T B^T: the first update in one product with the weight."""
+    if not updates:
+        return F.linear(x, weight, bias)
+    (a, b, scaling), *others = updates
+    y = lora_linear(x, weight, a, b, scaling, bias)
+    for a, b, scaling in others:
+        y = y + (F.linear(F.linear(x.to(a.dtype), a), b) * scaling).to(y.dtype)
+    return y
