@@ -143,7 +143,8 @@ def _layers(model: PeftModel, adapter_name: str) -> dict[str, LoRALayer]:
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, AdapterLayer) or adapter_name not in layer.adapters:
             continue
-        if not isinstance(layer, LoRALayer) or set(layer.adapter_tensors(adapter_name)) - _FACTORS:
+        more = set(layer.adapter_tensors(adapter_name)) - _FACTORS
+        if not isinstance(layer, LoRALayer) or not layer.is_linear or more:
             raise ValueError(
                 f"adapter_name: {adapter_name!r} has more than A and B at {name!r}, a {type(layer).__name__}; load_adapter it "
                 "beside the others instead"

@@ -166,10 +166,12 @@ class LoRALayer(AdapterLayer):
     def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
         if not self.r.get(name):
             return {}
-        r = self.r[name]  # a slot for hot-swapping is wider than the adapter in it
+        a, b, ranks = self.lora_A[name], self.lora_B[name], self.r[name] * self.stacked
+        if a.shape[0] != ranks:  # a slot for hot-swapping is wider than the adapter in it
+            a, b = a[:ranks], b[:, :ranks]
         return {
-            "lora_A.weight": AdapterTensor(f"lora_A.{name}", self.lora_A[name][:r]),
-            "lora_B.weight": AdapterTensor(f"lora_B.{name}", self.lora_B[name][:, :r]),
+            "lora_A.weight": AdapterTensor(f"lora_A.{name}", a),
+            "lora_B.weight": AdapterTensor(f"lora_B.{name}", b),
         }
 
     def set_scale(self, name: str, scale: float) -> None:
