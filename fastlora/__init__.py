@@ -23,6 +23,8 @@ _EXPORTS = {
     "LoRALinear": "layers",
     "QLoRALinear": "layers",
     "LoraConfig": "methods",
+    "IA3Config": "methods",
+    "LNTuningConfig": "methods",
     "PeftConfig": "methods",
     "PeftModel": "models",
     "get_peft_model": "models",
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from .functional import lora_linear, qlora_linear
     from .io import load_adapter, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
-    from .methods import LoraConfig, PeftConfig
+    from .methods import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
     from .models import (
         PeftModel,
         accelerate,
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from .quant import NF4Tensor
 
 __all__ = [
+    "IA3Config",
+    "LNTuningConfig",
     "LoRALinear",
     "LoraConfig",
     "NF4Tensor",

@@ -212,7 +212,7 @@ def _check_same_method(
 ) -> None:
     """The values only mean the same with the same scaling; shapes say the rest."""
     own = model.peft_config[adapter_name]
-    for field in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern"):
+    for field in ("peft_type", "lora_alpha", "use_rslora", "alpha_pattern", *own.meaning):
         ours, theirs = getattr(own, field, None), getattr(config, field, None)
         if ours != theirs:
             raise ValueError(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, MutableMapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -47,6 +48,7 @@ class AdapterLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
         self.adapters_enabled = True
 
     @property
@@ -70,8 +72,23 @@ class AdapterLayer(nn.Module):
                 found += value.parameters()
         return found
 
+    def merged_weight(self, dequantize: bool | torch.dtype = False) -> Any:
+        """The base with the acting adapters in it (``layers.base.Merged``); nothing is changed.
+
+        Raises:
+            NotImplementedError: the method cannot be merged, or the base's weight is not fastlora's to write.
+        """
+        raise NotImplementedError(
+            f"a {type(self).__name__} cannot be merged: what it computes is no weight of its base"
+        )
+
     def check_change(self, what: str) -> None:
-        """ValueError if the layer is in a state in which its adapters cannot be changed (merged, say)."""
+        """ValueError if adapters are merged."""
+        if self.merged_adapters:
+            raise ValueError(
+                f"{what}: adapters {self.merged_adapters} are merged into the weight; unmerge first "
+                "(unmerge_adapter of the model, unmerge of a layer)"
+            )
 
     def check_active(self, names: list[str]) -> None:
         """ValueError if ``names`` cannot be active at once."""
@@ -92,8 +109,8 @@ class AdapterLayer(nn.Module):
         self.adapters_enabled = enabled
 
     def acting_adapters(self) -> list[str]:
-        """The adapters that act in forward: none while they are off."""
-        if not self.adapters_enabled:
+        """The adapters that act in forward: none while they are off or merged."""
+        if not self.adapters_enabled or self.merged_adapters:
             return []
         present = self.adapters
         return [name for name in self.active_adapters if name in present]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.support import MAX_RANK
-from ..quant import NF4Tensor
 from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
 from .inits import check_init, initial_factors
 
@@ -27,7 +26,7 @@ class Merged(NamedTuple):
     large as the update means that the update is lost in the rounding.
     """
 
-    weight: Tensor | NF4Tensor
+    weight: Any  # Tensor | NF4Tensor; an ExchangeLayer's is a module
     error: float
     update: float
 
@@ -64,7 +63,6 @@ class LoRALayer(AdapterLayer):
         self.lora_dropout: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.init_lora_weights: dict[str, bool | str] = {}
-        self.merged_adapters: list[str] = []
 
     # What a subclass says about its base.
 
@@ -205,20 +203,6 @@ class LoRALayer(AdapterLayer):
             f"a {type(self).__name__} leaves its base as it is: merging is for LoRALinear and QLoRALinear. "
             "Save the adapter and merge it with stock peft"
         )
-
-    def check_change(self, what: str) -> None:
-        """ValueError if adapters are merged."""
-        if self.merged_adapters:
-            raise ValueError(
-                f"{what}: adapters {self.merged_adapters} are merged into the weight; unmerge first "
-                "(unmerge_adapter of the model, unmerge of a layer)"
-            )
-
-    def acting_adapters(self) -> list[str]:
-        """The adapters that forward adds to the base: none while they are off or merged."""
-        if not self.adapters_enabled or self.merged_adapters:
-            return []
-        return [name for name in self.active_adapters if name in self.r]
 
     def _add_updates(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y + the updates of ``names``, in plain torch, each in its adapter's dtype."""

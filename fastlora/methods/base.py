@@ -53,6 +53,8 @@ class PeftConfig:
     unsupported: ClassVar[Mapping[str, Any]] = {}
     # Fields of fastlora's that the file does not have.
     unsaved: ClassVar[tuple[str, ...]] = ()
+    # Fields that an adapter's tensors mean something else without, and that their shapes do not tell.
+    meaning: ClassVar[tuple[str, ...]] = ()
     methods: ClassVar[dict[str, type[PeftConfig]]] = {}  # by peft_type, filled as they are defined
 
     task_type: str | None = None

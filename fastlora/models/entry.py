@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..methods import LoraConfig, PeftConfig
+from ..methods import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
 from .inject import Injection
 from .inject_lora import LoraInjection
+from .inject_small import IA3Injection, LNTuningInjection
 from .peft_model import PeftModel
 from .placement import move
 
-_INJECTIONS: dict[type[PeftConfig], type[Injection[Any]]] = {LoraConfig: LoraInjection}
+_INJECTIONS: dict[type[PeftConfig], type[Injection[Any]]] = {
+    LoraConfig: LoraInjection,
+    IA3Config: IA3Injection,
+    LNTuningConfig: LNTuningInjection,
+}
 
 
 def get_peft_model(

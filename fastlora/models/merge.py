@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import LoRALayer, TrainableCopy
+from ..layers import AdapterLayer, TrainableCopy
 from ..layers.base import Merged
+from ..layers.exchange import ExchangeLayer
 from ..layers.fused import FusedLayer
 from ..layers.plain import FLOATS
+from ..methods.matching import base_view
 
+_MERGING = (FusedLayer, ExchangeLayer)
 _NOTICEABLE = 0.1  # of an update: what rounding may take of it without a warning
 
 
@@ -55,7 +58,7 @@ def check_exchange(model: nn.Module, enabled: bool) -> None:
     """ValueError if switching the adapters of ``model`` would exchange sharded weights; nothing is changed."""
     sharded = _under_fsdp(model)
     for name, layer in model.named_modules():
-        if isinstance(layer, FusedLayer):
+        if isinstance(layer, _MERGING):
             try:
                 layer.check_exchange(enabled, id(layer) in sharded)
             except ValueError as error:
@@ -66,7 +69,7 @@ def check_not_sharded(model: nn.Module) -> None:
     """ValueError if merging in place would put weights where FSDP keeps its own."""
     sharded = _under_fsdp(model)
     for name, layer in model.named_modules():
-        if id(layer) in sharded and isinstance(layer, FusedLayer) and layer.acting_adapters():
+        if id(layer) in sharded and isinstance(layer, _MERGING) and layer.acting_adapters():
             raise ValueError(
                 f"module {name!r}: weight: is sharded, or gathered by FSDP for a while; merge before fully_shard"
             )
@@ -87,7 +90,7 @@ def unmerge(model: nn.Module) -> None:
     """The weights from before ``merge``."""
     check_exchange(model, False)
     for layer in model.modules():
-        if isinstance(layer, FusedLayer):
+        if isinstance(layer, _MERGING):
             layer.unmerge()
 
 
@@ -117,7 +120,7 @@ def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
 
 def _made(
     model: nn.Module, dequantize: bool | torch.dtype, unloading: bool = False
-) -> Iterator[tuple[str, FusedLayer, Merged]]:
+) -> Iterator[tuple[str, FusedLayer | ExchangeLayer, Merged]]:
     """(name, layer, its merged weight) of the layers where an adapter acts, or if ``unloading`` of all that cannot stay.
 
     Raises:
@@ -129,7 +132,11 @@ def _made(
         raise ValueError(
             f"dequantize: got {dequantize!r}; accepted are True, False and {', '.join(map(str, FLOATS))}"
         )
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
+    layers = [
+        (name, m)
+        for name, m in base_view(model).items()
+        if isinstance(m, AdapterLayer) and not isinstance(m, TrainableCopy)
+    ]
     if any(layer.merged_adapters for _, layer in layers):
         raise ValueError("merge: adapters are merged already; unmerge_adapter() first")
     if not any(layer.acting_adapters() for _, layer in layers):
@@ -139,21 +146,21 @@ def _made(
     if dequantize is True:
         dequantize = _float_dtype(model, layers) or True
     for name, layer in layers:
-        if layer.acting_adapters() or (unloading and (layer.r or dequantize)):
+        if layer.acting_adapters() or (unloading and (layer.adapters or dequantize)):
             try:
                 made = layer.merged_weight(dequantize)
             except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"module {name!r}: {error}") from error
-            assert isinstance(layer, FusedLayer)
+            assert isinstance(layer, _MERGING)
             yield name, layer, made
 
 
-def _float_dtype(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> torch.dtype | None:
+def _float_dtype(model: nn.Module, layers: list[tuple[str, AdapterLayer]]) -> torch.dtype | None:
     """What the model computes in: the dtype of most of its float parameters but for adapters. None: it has none.
 
     A 4-bit weight knows the dtype that it was quantised from, and not that the model was cast since.
     """
-    adapters = {id(p) for _, m in layers for p in (*m.lora_A.values(), *m.lora_B.values())}
+    adapters = {id(p) for _, m in layers for name in m.adapters for p in m.adapter_parameters(name)}
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in adapters:
@@ -168,7 +175,9 @@ def _warn_of_ties(model: nn.Module, merged: list[str], what: str) -> None:
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(name)
     for name in merged:
-        others = [n for n in holders.get(id(model.get_submodule(name).weight), []) if n != name]
+        layer = model.get_submodule(name)
+        own = {name, f"{name}.base_layer"}
+        others = [n for n in holders.get(id(layer.weight), []) if n not in own]
         if others:
             warnings.warn(
                 f"merging gives {name!r} a weight of its own, which it shared with {others[0]!r}: that one has no update. "
