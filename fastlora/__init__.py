@@ -25,6 +25,10 @@ _EXPORTS = {
     "LoraConfig": "methods",
     "IA3Config": "methods",
     "LNTuningConfig": "methods",
+    "BottleneckConfig": "methods",
+    "HoulsbyConfig": "methods",
+    "ParallelConfig": "methods",
+    "PfeifferConfig": "methods",
     "PeftConfig": "methods",
     "PeftModel": "models",
     "get_peft_model": "models",
@@ -42,7 +46,16 @@ if TYPE_CHECKING:
     from .functional import lora_linear, qlora_linear
     from .io import load_adapter, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
-    from .methods import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
+    from .methods import (
+        BottleneckConfig,
+        HoulsbyConfig,
+        IA3Config,
+        LNTuningConfig,
+        LoraConfig,
+        ParallelConfig,
+        PeftConfig,
+        PfeifferConfig,
+    )
     from .models import (
         PeftModel,
         accelerate,
@@ -55,13 +68,17 @@ if TYPE_CHECKING:
     from .quant import NF4Tensor
 
 __all__ = [
+    "BottleneckConfig",
+    "HoulsbyConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoRALinear",
     "LoraConfig",
     "NF4Tensor",
+    "ParallelConfig",
     "PeftConfig",
     "PeftModel",
+    "PfeifferConfig",
     "QLoRALinear",
     "__version__",
     "accelerate",

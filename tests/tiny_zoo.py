@@ -25,8 +25,16 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {**_USUAL, "num_key_value_heads": 2}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {**_USUAL, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_USUAL, "num_key_value_heads": 2}),
-    "gemma": ("GemmaConfig", "GemmaForCausalLM", {**_USUAL, "head_dim": 8}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_USUAL, "head_dim": 8}),
+    "gemma": (
+        "GemmaConfig",
+        "GemmaForCausalLM",
+        {**_USUAL, "num_key_value_heads": 4, "head_dim": 8},
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**_USUAL, "num_key_value_heads": 4, "head_dim": 8},
+    ),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_GPT2, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _USUAL),
     "opt": (

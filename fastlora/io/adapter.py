@@ -26,6 +26,7 @@ from ..layers import AdapterLayer, LoRALinear, QLoRALinear
 from ..layers.adapter import AdapterTensor, check_adapter_name
 from ..layers.plain import FLOATS
 from ..methods import PeftConfig
+from ..methods.adapters_layout import PICKLE_NAME
 from ..methods.base import CONFIG_NAME
 from ..models.entry import plan
 from ..models.inject import Injection, set_trainable, trained_biases
@@ -83,13 +84,11 @@ def save_adapter(
             )
         tensors = {key: state_dict[entry.key] for key, entry in entries.items()}
     config = model.peft_config[adapter_name]
-    base = type(model.get_base_model())
-    mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    changes = {"inference_mode": True, "auto_mapping": None if config.task_type else mapping}
+    changes = config.file_fields(model.get_base_model(), adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
     _write_together(
         {
-            folder / WEIGHTS_NAME: lambda file: save_file(
+            folder / config.weights_name: lambda file: save_file(
                 _own_storage(tensors), file, metadata={"format": "pt"}
             ),
             folder / RECORD_NAME: lambda file: file.write_text(
@@ -133,7 +132,7 @@ def load_adapter(
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
     folder = _find_folder(Path(path), check_adapter_name(adapter_name))
     config = PeftConfig.from_pretrained(folder)
-    tensors = _read(folder / WEIGHTS_NAME)
+    tensors = _read(_weights_file(folder, config))
     if not isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
         wrapped = _put_in(plan(model, config, adapter_name), tensors)
@@ -174,10 +173,11 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
         if not isinstance(module, AdapterLayer):
             continue
         at = f"{_PREFIX}{name}." if name else _PREFIX
+        file_at = f"{module.saved_as}." if module.saved_as else at
         if isinstance(module, (LoRALinear, QLoRALinear)) and module.adapters:
             adapted.add(f"{name}.bias")
         for key, (inside, tensor) in module.adapter_tensors(adapter_name).items():
-            entries[f"{at}{key}"] = AdapterTensor(f"{at}{inside}", tensor)
+            entries[f"{file_at}{key}"] = AdapterTensor(f"{at}{inside}", tensor)
     if not entries:  # trained biases outlast an unloading, and are no adapter
         raise ValueError(
             f"model: has nothing of adapter {adapter_name!r} left, for its adapters were merged and unloaded; save before "
@@ -240,12 +240,22 @@ def _find_folder(path: Path, adapter_name: str) -> Path:
             "and are not read. Convert it where you trust it: "
             "peft.PeftModel.from_pretrained(base, path).save_pretrained(new_path)"
         )
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: not found; an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}"
-            )
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder / CONFIG_NAME}: not found; an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}"
+        )
     return folder
+
+
+def _weights_file(folder: Path, config: PeftConfig) -> Path:
+    file = folder / config.weights_name
+    if not file.is_file():
+        pickle = (folder / PICKLE_NAME).is_file() and config.weights_name != WEIGHTS_NAME
+        why = f"; {PICKLE_NAME}, which could run code, is not read" if pickle else ""
+        raise FileNotFoundError(
+            f"{file}: not found; an adapter is {CONFIG_NAME} and {config.weights_name}{why}"
+        )
+    return file
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -261,6 +271,8 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     entries = _entries(model, adapter_name)
+    own = model.peft_config[adapter_name].own_keys
+    tensors = dict(own(tensors, set(entries), model.get_base_model(), adapter_name))
     entries |= {k: entry for k, entry in _embedding_entries(model).items() if k in tensors}
     tensors = {k: v for k, v in tensors.items() if k in entries or not _is_shadow(k, adapter_name)}
     _check_keys(entries, tensors, model)

@@ -44,6 +44,7 @@ class AdapterLayer(nn.Module):
 
     # Attributes that map an adapter's name to a Parameter, a module or a setting of it. The first says who is here.
     by_adapter: ClassVar[tuple[str, ...]] = ()
+    saved_as: str = ""  # the layer's own name in a file where that is not PEFT's
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,18 @@
 """Configurations, with PEFT's field names, and the rules by which they choose modules."""
 
 from .base import PeftConfig
+from .bottleneck import BottleneckConfig, HoulsbyConfig, ParallelConfig, PfeifferConfig
 from .ia3 import IA3Config
 from .ln_tuning import LNTuningConfig
 from .lora import LoraConfig
 
-__all__ = ["IA3Config", "LNTuningConfig", "LoraConfig", "PeftConfig"]
+__all__ = [
+    "BottleneckConfig",
+    "HoulsbyConfig",
+    "IA3Config",
+    "LNTuningConfig",
+    "LoraConfig",
+    "ParallelConfig",
+    "PeftConfig",
+    "PfeifferConfig",
+]

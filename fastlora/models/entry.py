@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..methods import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
+from ..methods import BottleneckConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig
 from .inject import Injection
+from .inject_bottleneck import BottleneckInjection
 from .inject_lora import LoraInjection
 from .inject_small import IA3Injection, LNTuningInjection
 from .peft_model import PeftModel
@@ -19,6 +20,7 @@ _INJECTIONS: dict[type[PeftConfig], type[Injection[Any]]] = {
     LoraConfig: LoraInjection,
     IA3Config: IA3Injection,
     LNTuningConfig: LNTuningInjection,
+    BottleneckConfig: BottleneckInjection,
 }
 
 
