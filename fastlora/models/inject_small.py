@@ -7,9 +7,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import nn
 
-from ..layers import AdapterLayer, TrainableCopy
-from ..layers.ia3 import IA3Layer
-from ..layers.norm_tuning import TunedNorm
+from ..layers import AdapterLayer, IA3Layer, TrainableCopy, TunedNorm
 from ..layers.wrapper import linear_features
 from ..methods.base import TargetedConfig
 from ..methods.ia3 import IA3_TARGETS, IA3Config

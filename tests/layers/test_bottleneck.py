@@ -200,6 +200,26 @@ def test_pickle_and_deepcopy_keep_the_tap() -> None:
         assert hook.layer is twin[1]
 
 
+@pytest.mark.parametrize("option", ["plain", "sum", "parallel"])
+def test_compiled_whole(option: str) -> None:
+    """The tap and the fused function in one graph."""
+    torch._dynamo.reset()
+    norm, inner = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+    layer = BottleneckLayer(inner, WIDTH, WIDTH, "tap")
+    layer.add_adapter("default", R, settings(**OPTIONS[option]))
+    norm.register_forward_pre_hook(StreamTap(layer), with_kwargs=True)
+    both = nn.Sequential(norm, layer)
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    leaves = [x, *layer.bottlenecks.parameters()]
+    y = both(x)
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, y)
+    for a, b in zip(
+        torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(y.sum(), leaves)
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_is_no_output_to_adapt_is_refused() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Any:
