@@ -24,6 +24,12 @@ _EXPORTS = {
     "LoRALinear": "layers",
     "QLoRALinear": "layers",
     "LoraConfig": "methods",
+    "IA3Config": "methods",
+    "LNTuningConfig": "methods",
+    "BottleneckConfig": "methods",
+    "HoulsbyConfig": "methods",
+    "ParallelConfig": "methods",
+    "PfeifferConfig": "methods",
     "PeftConfig": "methods",
     "PrefixTuningConfig": "methods",
     "PromptEncoderConfig": "methods",
@@ -47,8 +53,14 @@ if TYPE_CHECKING:
     from .io import hotswap_adapter, load_adapter, prepare_hotswap, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
     from .methods import (
+        BottleneckConfig,
+        HoulsbyConfig,
+        IA3Config,
+        LNTuningConfig,
         LoraConfig,
+        ParallelConfig,
         PeftConfig,
+        PfeifferConfig,
         PrefixTuningConfig,
         PromptEncoderConfig,
         PromptTuningConfig,
@@ -65,11 +77,17 @@ if TYPE_CHECKING:
     from .quant import NF4Tensor
 
 __all__ = [
+    "BottleneckConfig",
+    "HoulsbyConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoRALinear",
     "LoraConfig",
     "NF4Tensor",
+    "ParallelConfig",
     "PeftConfig",
     "PeftModel",
+    "PfeifferConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",

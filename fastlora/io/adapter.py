@@ -33,6 +33,7 @@ from ..layers.embedding import LoRAEmbedding
 from ..layers.fused import FusedLayer
 from ..layers.plain import FLOATS
 from ..methods import PeftConfig
+from ..methods.adapters_layout import PICKLE_NAME
 from ..methods.base import CONFIG_NAME
 from ..models.entry import plan
 from ..models.inject import Injection, set_trainable, trained_biases
@@ -84,13 +85,11 @@ def save_adapter(
     if state_dict is not None:
         tensors = _values(entries, state_dict)
     config = model.peft_config[adapter_name]
-    base = type(model.get_base_model())
-    mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    changes = {"inference_mode": True, "auto_mapping": None if config.task_type else mapping}
+    changes = config.file_fields(model.get_base_model(), adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
     _write_together(
         {
-            folder / WEIGHTS_NAME: lambda file: save_file(
+            folder / config.weights_name: lambda file: save_file(
                 _own_storage(tensors), file, metadata={"format": "pt"}
             ),
             folder / RECORD_NAME: lambda file: file.write_text(
@@ -134,7 +133,7 @@ def load_adapter(
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
     folder = find_folder(Path(path), check_adapter_name(adapter_name))
     config = PeftConfig.from_pretrained(folder)
-    tensors = read_tensors(folder / WEIGHTS_NAME)
+    tensors = read_tensors(_weights_file(folder, config))
     if not isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
         wrapped = _put_in(plan(model, config, adapter_name), tensors)
@@ -206,7 +205,8 @@ def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
         at = f"{name}." if name else ""
         if isinstance(module, FusedLayer) and module.adapters:
             adapted.add(f"{name}.bias")
-        in_file = f"{prefix}{at}" if module.names_in_file else ""
+        in_file = f"{module.saved_as}." if module.saved_as else f"{prefix}{at}"
+        in_file = in_file if module.names_in_file else ""
         for key, entry in module.adapter_tensors(adapter_name).items():
             entries[f"{in_file}{key}"] = entry._replace(key=f"{PREFIX}{at}{entry.key}")
     if not entries:  # trained biases outlast an unloading, and are no adapter
@@ -243,13 +243,7 @@ def _check_same_method(
 ) -> None:
     """The values only mean the same with the same scaling; shapes say the rest."""
     own = model.peft_config[adapter_name]
-    for field in (
-        "peft_type",
-        "lora_alpha",
-        "use_rslora",
-        "alpha_pattern",
-        "trainable_token_indices",
-    ):
+    for field in ("peft_type", *own.meaning):
         ours, theirs = getattr(own, field, None), getattr(config, field, None)
         if ours != theirs:
             raise ValueError(
@@ -278,12 +272,22 @@ def find_folder(path: Path, adapter_name: str) -> Path:
             "and are not read. Convert it where you trust it: "
             "peft.PeftModel.from_pretrained(base, path).save_pretrained(new_path)"
         )
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: not found; an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}"
-            )
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder / CONFIG_NAME}: not found; an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}"
+        )
     return folder
+
+
+def _weights_file(folder: Path, config: PeftConfig) -> Path:
+    file = folder / config.weights_name
+    if not file.is_file():
+        pickle = (folder / PICKLE_NAME).is_file() and config.weights_name != WEIGHTS_NAME
+        why = f"; {PICKLE_NAME}, which could run code, is not read" if pickle else ""
+        raise FileNotFoundError(
+            f"{file}: not found; an adapter is {CONFIG_NAME} and {config.weights_name}{why}"
+        )
+    return file
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -322,6 +326,8 @@ def matching(
         ValueError: keys, shapes or dtypes do not fit.
     """
     entries = _entries(model, adapter_name)
+    own_keys = model.peft_config[adapter_name].own_keys
+    tensors = dict(own_keys(tensors, set(entries), model.get_base_model(), adapter_name))
     entries |= {
         k: entry for k, entry in _embedding_entries(model, adapter_name).items() if k in tensors
     }

@@ -2,10 +2,13 @@
 
 from .adapter import AdapterLayer
 from .base import LoRALayer
+from .bottleneck import BottleneckLayer
 from .conv1d import LoRAConv1D
 from .embedding import LoRAEmbedding
 from .explanation import explain
+from .ia3 import IA3Layer
 from .linear import LoRALinear
+from .norm_tuning import TunedNorm
 from .parameter import LoRAParameter
 from .prompts import PrefixTokens, PromptLayer, VirtualTokens
 from .qlora import QLoRALinear
@@ -15,6 +18,8 @@ from .wrapper import LoRAWrapper
 
 __all__ = [
     "AdapterLayer",
+    "BottleneckLayer",
+    "IA3Layer",
     "LoRAConv1D",
     "LoRAEmbedding",
     "LoRALayer",
@@ -27,6 +32,7 @@ __all__ = [
     "TiedTokens",
     "TrainableCopy",
     "TrainableTokens",
+    "TunedNorm",
     "VirtualTokens",
     "explain",
 ]

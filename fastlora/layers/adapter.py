@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -50,6 +51,7 @@ class AdapterLayer(nn.Module):
     by_adapter: ClassVar[tuple[str, ...]] = ()
     # Whether keys in the file begin with the module's name.
     names_in_file: ClassVar[bool] = True
+    saved_as: str = ""  # the layer's own name in a file where that is not PEFT's
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +79,16 @@ class AdapterLayer(nn.Module):
             elif isinstance(value, nn.Module):
                 found += value.parameters()
         return found
+
+    def merged_weight(self, dequantize: bool | torch.dtype = False) -> Any:
+        """The base with the acting adapters in it (``layers.base.Merged``); nothing is changed.
+
+        Raises:
+            NotImplementedError: the method cannot be merged, or the base's weight is not fastlora's to write.
+        """
+        raise NotImplementedError(
+            f"a {type(self).__name__} cannot be merged: what it computes is no weight of its base"
+        )
 
     def check_change(self, what: str) -> None:
         """ValueError if adapters are merged: they cannot be changed then."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import nn
+
+from . import adapters_layout
 from .checks import check_flag, check_regex, module_names
 
 if TYPE_CHECKING:
@@ -53,6 +56,9 @@ class PeftConfig:
     unsupported: ClassVar[Mapping[str, Any]] = {}
     # Fields of fastlora's that the file does not have.
     unsaved: ClassVar[tuple[str, ...]] = ()
+    weights_name: ClassVar[str] = "adapter_model.safetensors"
+    # Fields that an adapter's tensors mean something else without, and that their shapes do not tell.
+    meaning: ClassVar[tuple[str, ...]] = ()
     methods: ClassVar[dict[str, type[PeftConfig]]] = {}  # by peft_type, filled as they are defined
 
     task_type: str | None = None
@@ -114,6 +120,20 @@ class PeftConfig:
         """``adapter_config.json``: sorted keys, indent 2, with ``changes`` for the file alone."""
         return json.dumps({**self.to_dict(), **changes}, indent=2, sort_keys=True)
 
+    def file_fields(self, model: nn.Module, adapter_name: str) -> dict[str, Any]:
+        """What a file says of an adapter beside its configuration: ``changes`` of ``to_json``."""
+        mapping = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+        return {"inference_mode": True, "auto_mapping": None if self.task_type else mapping}
+
+    def own_keys(
+        self, tensors: Mapping[str, Any], known: set[str], model: nn.Module, adapter_name: str
+    ) -> Mapping[str, Any]:
+        """A file's tensors, by the keys that this model would write (``known``)."""
+        return tensors
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``adapter_config.json`` into ``directory`` (made if missing)."""
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -128,6 +148,8 @@ class PeftConfig:
             ValueError: ``peft_type`` is missing or another method's; and as the constructor.
         """
         kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
+        if adapters_layout.is_layout(values):
+            kind = "BOTTLENECK"
         if not cls.peft_type and kind in cls.methods:
             found: Any = cls.methods[kind]
             return found.from_dict(values)

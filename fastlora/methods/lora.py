@@ -91,6 +91,12 @@ class LoraConfig(TargetedConfig):
         "qalora_group_size",
     )
     unsupported: ClassVar[Mapping[str, Any]] = _UNSUPPORTED
+    meaning: ClassVar[tuple[str, ...]] = (
+        "lora_alpha",
+        "use_rslora",
+        "alpha_pattern",
+        "trainable_token_indices",
+    )
     unsaved: ClassVar[tuple[str, ...]] = ("quantize",)
 
     r: int = 8

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from ..methods import (
+    BottleneckConfig,
+    IA3Config,
+    LNTuningConfig,
     LoraConfig,
     PeftConfig,
     PrefixTuningConfig,
@@ -16,8 +19,10 @@ from ..methods import (
     PromptTuningConfig,
 )
 from .inject import Injection
+from .inject_bottleneck import BottleneckInjection
 from .inject_lora import LoraInjection
 from .inject_prompt import PromptInjection
+from .inject_small import IA3Injection, LNTuningInjection
 from .peft_model import PeftModel
 from .placement import move
 
@@ -26,6 +31,9 @@ _INJECTIONS: dict[type[PeftConfig], type[Injection[Any]]] = {
     PrefixTuningConfig: PromptInjection,
     PromptEncoderConfig: PromptInjection,
     PromptTuningConfig: PromptInjection,
+    IA3Config: IA3Injection,
+    LNTuningConfig: LNTuningInjection,
+    BottleneckConfig: BottleneckInjection,
 }
 
 

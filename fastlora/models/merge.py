@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import LoRALayer, TiedTokens, TrainableCopy
-from ..layers.merging import MergeableLayer, Merged
+from ..layers import AdapterLayer, TiedTokens, TrainableCopy
+from ..layers.merging import Mergeable, Merged
 from ..layers.plain import FLOATS
 
 _NOTICEABLE = 0.1  # of an update: what rounding may take of it without a warning
@@ -54,7 +54,7 @@ def check_exchange(model: nn.Module, enabled: bool) -> None:
     """ValueError if switching the adapters of ``model`` would exchange sharded weights; nothing is changed."""
     sharded = _under_fsdp(model)
     for name, layer in model.named_modules():
-        if isinstance(layer, MergeableLayer):
+        if isinstance(layer, Mergeable):
             try:
                 layer.check_exchange(enabled, id(layer) in sharded)
             except ValueError as error:
@@ -65,7 +65,7 @@ def check_not_sharded(model: nn.Module) -> None:
     """ValueError if merging in place would put weights where FSDP keeps its own."""
     sharded = _under_fsdp(model)
     for name, layer in model.named_modules():
-        if id(layer) in sharded and isinstance(layer, MergeableLayer) and layer.acting_adapters():
+        if id(layer) in sharded and isinstance(layer, Mergeable) and layer.acting_adapters():
             raise ValueError(
                 f"module {name!r}: weight: is sharded, or gathered by FSDP for a while; merge before fully_shard"
             )
@@ -86,7 +86,7 @@ def unmerge(model: nn.Module) -> None:
     """The weights from before ``merge``."""
     check_exchange(model, False)
     for layer in model.modules():
-        if isinstance(layer, MergeableLayer):
+        if isinstance(layer, Mergeable):
             layer.unmerge()
 
 
@@ -118,12 +118,12 @@ def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
 
 def _made(
     model: nn.Module, dequantize: bool | torch.dtype, unloading: bool = False
-) -> Iterator[tuple[str, MergeableLayer, Merged]]:
+) -> Iterator[tuple[str, Mergeable, Merged]]:
     """(name, layer, its merged weight) of the layers where an adapter acts, or if ``unloading`` of all that cannot stay.
 
     Raises:
         ValueError: ``dequantize`` is neither a bool nor a float dtype, adapters are merged already, or none acts; and as
-            ``MergeableLayer.merged_weight``.
+            ``Mergeable.merged_weight``.
         NotImplementedError: a layer that cannot be merged.
     """
     if not isinstance(dequantize, bool) and dequantize not in FLOATS:
@@ -131,7 +131,9 @@ def _made(
             f"dequantize: got {dequantize!r}; accepted are True, False and {', '.join(map(str, FLOATS))}"
         )
     layers = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, (LoRALayer, MergeableLayer))
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, AdapterLayer) and not isinstance(m, (TrainableCopy, TiedTokens))
     ]
     if any(layer.merged_adapters for _, layer in layers):
         raise ValueError("merge: adapters are merged already; unmerge_adapter() first")
@@ -147,13 +149,11 @@ def _made(
                 made = layer.merged_weight(dequantize)
             except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"module {name!r}: {error}") from error
-            assert isinstance(layer, MergeableLayer)
+            assert isinstance(layer, Mergeable)
             yield name, layer, made
 
 
-def _float_dtype(
-    model: nn.Module, layers: list[tuple[str, LoRALayer | MergeableLayer]]
-) -> torch.dtype | None:
+def _float_dtype(model: nn.Module, layers: list[tuple[str, AdapterLayer]]) -> torch.dtype | None:
     """What the model computes in: the dtype of most of its float parameters but for adapters. None: it has none.
 
     A 4-bit weight knows the dtype that it was quantised from, and not that the model was cast since.
