@@ -22,10 +22,14 @@ _EXPORTS = {
     "NF4Tensor": "quant",
     "LoRALinear": "layers",
     "QLoRALinear": "layers",
+    "EvaConfig": "methods",
+    "LoftQConfig": "methods",
     "LoraConfig": "methods",
     "PeftConfig": "methods",
     "PeftModel": "models",
     "get_peft_model": "models",
+    "get_eva_state_dict": "models",
+    "initialize_lora_eva_weights": "models",
     "accelerate": "models",
     "load_quantized": "models",
     "restore": "models",
@@ -40,12 +44,14 @@ if TYPE_CHECKING:
     from .functional import lora_linear, qlora_linear
     from .io import load_adapter, save_adapter
     from .layers import LoRALinear, QLoRALinear, explain
-    from .methods import LoraConfig, PeftConfig
+    from .methods import EvaConfig, LoftQConfig, LoraConfig, PeftConfig
     from .models import (
         PeftModel,
         accelerate,
         acceleration_report,
+        get_eva_state_dict,
         get_peft_model,
+        initialize_lora_eva_weights,
         load_quantized,
         restore,
     )
@@ -53,7 +59,9 @@ if TYPE_CHECKING:
     from .quant import NF4Tensor
 
 __all__ = [
+    "EvaConfig",
     "LoRALinear",
+    "LoftQConfig",
     "LoraConfig",
     "NF4Tensor",
     "PeftConfig",
@@ -65,7 +73,9 @@ __all__ = [
     "backend",
     "build_info",
     "explain",
+    "get_eva_state_dict",
     "get_peft_model",
+    "initialize_lora_eva_weights",
     "launches",
     "load_adapter",
     "load_quantized",

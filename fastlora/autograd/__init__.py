@@ -1,5 +1,6 @@
-"""One torch.autograd.Function per public function."""
+"""The autograd functions that the public functions apply."""
 
+from .column_scale import ColumnScaleFunction
 from .lora_linear import LoraLinearFunction
 
-__all__ = ["LoraLinearFunction"]
+__all__ = ["ColumnScaleFunction", "LoraLinearFunction"]

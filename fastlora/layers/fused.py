@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
 from ..quant import NF4Tensor
 from .base import LoRALayer, Merged
+from .dora import scale_columns
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,13 +27,15 @@ class FusedLayer(LoRALayer):
     _shelf: tuple[nn.Module, ...] = ()
 
     def _product(
-        self, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout_p: float
+        self,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float | Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
     ) -> Tensor:
-        """Base and update of one adapter."""
-        raise NotImplementedError
-
-    def _base(self, x: Tensor) -> Tensor:
-        """The base alone."""
+        """Base and update of one adapter, with ``bias`` [N] or none in place of the base's own."""
         raise NotImplementedError
 
     def _floats(self) -> Tensor:
@@ -47,12 +51,61 @@ class FusedLayer(LoRALayer):
         names = self.acting_adapters()
         if len(names) == 1 and _fits(x, self.lora_A[names[0]]):
             name = names[0]
-            a, b = self.lora_A[name], self.lora_B[name]
-            return self._product(x, a, b, self.scaling[name], self.lora_dropout[name])
-        y = self._base(x)
+            update = self.lora_A[name], self.lora_B[name], self.scaling[name]
+            if name in self.lora_magnitude_vector:
+                return self._dora_product(x, name, *update)
+            bias = self.bias
+            if name in self.lora_bias:
+                own = self.lora_bias[name] * self.scaling[name]
+                bias = own if bias is None else bias + own
+            return self._product(x, *update, bias, self.lora_dropout[name])
+        y = self._base(x, self.bias)
         return self._add_updates(y, x, names) if names else y
 
+    def _dora_product(
+        self, x: Tensor, name: str, a: Tensor, b: Tensor, scaling: float | Tensor
+    ) -> Tensor:
+        """bias + c (W x + s B A x), c = m / ||W + s B A||. With dropout PEFT's W x + bias + (c - 1) W x' + c s B A x' of
+        x' = dropout(x), as bias + W (x - x') + c (W x' + s B A x'): one product more than without."""
+        rest = self.bias
+        if self.training and self.lora_dropout[name] > 0:
+            dropped = F.dropout(x, self.lora_dropout[name])
+            rest = self._base(x - dropped, rest)
+            x = dropped
+        z = self._product(x, a, b, scaling, None, 0.0)
+        return scale_columns(z, self.lora_magnitude_vector[name], self._row_norms(name), rest)
+
     # Merging.
+
+    def merged_bias(self) -> Tensor | None:
+        """The base's bias with what the acting adapters' ``lora_bias`` add to it; itself where they have none.
+
+        Raises:
+            ValueError: they have, and the base has no bias.
+        """
+        names = self.acting_adapters()
+        owners = [name for name in names if name in self.lora_bias]
+        if not owners:
+            return self.bias
+        if self.bias is None:
+            raise ValueError(
+                f"bias: adapter {owners[0]!r} has lora_bias, and the base has no bias to put it into; it cannot be merged"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            total = torch.zeros_like(self.bias, dtype=torch.float64)
+            for name in names:
+                if name in self.lora_magnitude_vector:
+                    total *= self._column_factors(name)
+                elif name in self.lora_bias:
+                    total += self.lora_bias[name].double() * float(self.scaling[name])
+            made = (self.bias.double() + total).to(self.bias.dtype)
+            self._check_finite(made)
+            return nn.Parameter(made, requires_grad=False)
+
+    def _column_factors(self, name: str) -> Tensor:
+        """What DoRA multiplies the rows of W + s B A by: m / ||W + s B A|| [N] in fp64."""
+        norms = self._row_norms(name).double()
+        return torch.where(norms > 0, self.lora_magnitude_vector[name].double() / norms, 0)
 
     def merge(self) -> Merged:
         """Put the acting adapters into the weight: forward is one plain product until ``unmerge``, and trains nothing.
@@ -71,7 +124,8 @@ class FusedLayer(LoRALayer):
         return made
 
     def merged_weight(self, dequantize: bool | torch.dtype = False) -> Merged:
-        """W + sum of s B A over the acting adapters, summed in fp32, as the layer would keep it; nothing is changed.
+        """W + sum of s B A over the acting adapters, summed in fp32, as the layer would keep it; nothing is changed. A DoRA
+        adapter scales the rows of what is there with its own update.
 
         The result does not depend on what is around the call: autocast, TF32, inference mode.
 
@@ -84,6 +138,7 @@ class FusedLayer(LoRALayer):
         """
         if not self.acting_adapters() and not (dequantize and isinstance(self.weight, NF4Tensor)):
             return Merged(self.weight, 0.0, 0.0)
+        self.merged_bias()  # refuses what has no place
         for parameter in self.parameters():
             if parameter.is_meta or _is_sharded(parameter):
                 place = "on the meta device" if parameter.is_meta else "sharded"
@@ -103,13 +158,15 @@ class FusedLayer(LoRALayer):
         return Merged(weight, error / (total or 1.0), update / (total or 1.0))
 
     def _with_updates(self, base: Tensor) -> Tensor:
-        """base + sum of s B A, a new tensor."""
+        """base + sum of s B A, a new tensor; what is there by then times its factors, where an adapter is DoRA."""
         exact = base.clone()
         for name in self.acting_adapters():
             # In fp64, which TF32 does not touch, and by rows: whole, it would be the largest tensor of the merge.
             a, scaling = self.lora_A[name].double(), float(self.scaling[name])
             for rows, b in zip(exact.split(1024), self.lora_B[name].split(1024), strict=True):
                 rows += (b.double() @ a) * scaling
+            if name in self.lora_magnitude_vector:
+                exact *= self._column_factors(name).to(exact.dtype)[:, None]
         self._check_finite(exact)
         return exact
 
@@ -127,6 +184,9 @@ class FusedLayer(LoRALayer):
         """Go on with ``weight``, which holds the acting adapters, until ``unmerge``."""
         shelf = nn.Module()
         shelf.weight = weight if isinstance(weight, NF4Tensor) else nn.Parameter(weight, False)
+        bias: Any = self.merged_bias()
+        if bias is not self.bias:
+            shelf.bias = bias
         self._shelf, self.merged_adapters = (shelf,), self.acting_adapters()
         self._exchange()
 
@@ -167,8 +227,10 @@ class FusedLayer(LoRALayer):
 
     def _exchange(self) -> None:
         self.check_exchange(not self.adapters_enabled)
-        (shelf,) = self._shelf
+        shelf: Any = self._shelf[0]
         shelf.weight, self.weight = self.weight, shelf.weight
+        if hasattr(shelf, "bias"):
+            shelf.bias, self.bias = self.bias, shelf.bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         for shelf in self._shelf:  # moved and cast as one
@@ -188,7 +250,7 @@ class FusedLayer(LoRALayer):
         ):  # one is the weight as it was, maybe another module's too
             weight = nn.Parameter(weight, requires_grad=False)
         linear.weight = weight
-        bias = self.bias
+        bias = self.merged_bias()
         if bias is not None and bias.dtype != weight.dtype:
             bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
         linear.bias = bias  # type: ignore[assignment]  # a Parameter, or None
@@ -206,12 +268,3 @@ def _is_sharded(parameter: Tensor) -> bool:
 def _fits(x: Tensor, a: Tensor) -> bool:
     """Adapters below x's precision (cast to bf16 in an fp32 model) go through plain torch."""
     return a.dtype == torch.float32 or a.dtype == x.dtype or autocast_dtype(x.device) is not None
-
-
-def refuse_dora(use_dora: bool) -> None:
-    """NotImplementedError if ``use_dora``."""
-    if use_dora:
-        raise NotImplementedError(
-            "use_dora: got True; DoRA is not there yet. Use peft.LoraConfig(use_dora=True) with "
-            "peft.get_peft_model (fastlora.accelerate then speeds up the model's plain LoRA layers)"
-        )
