@@ -30,6 +30,7 @@ from ..methods.base import CONFIG_NAME
 from ..models.entry import plan
 from ..models.inject import Injection, set_trainable, trained_biases
 from ..models.peft_model import PeftModel
+from .subtraction import check_convertible, doubled, subtract
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 RECORD_NAME = "trainable_parameters.json"
@@ -41,6 +42,7 @@ def save_adapter(
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     state_dict: Mapping[str, Tensor] | None = None,
+    path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write an adapter, for stock ``peft.PeftModel.from_pretrained`` or ``load_adapter``.
 
@@ -53,11 +55,13 @@ def save_adapter(
         path: a folder; made if missing.
         adapter_name: the adapter; one not called "default" goes into ``path/adapter_name``.
         state_dict: values to write instead of the model's (keys as in ``model.state_dict()``).
+        path_initial_model_for_weight_conversion: a PiSSA or OLoRA adapter as it was saved before training: what is written
+            is then plain LoRA of twice the rank over the base as it was (see ``io/subtraction.py``).
 
     Raises:
         TypeError: ``model`` is no fastlora.PeftModel.
-        ValueError: it has no such adapter, or no more (``merge_and_unload``); ``path`` is a file; or
-            ``state_dict`` lacks some of the adapter.
+        ValueError: it has no such adapter, or no more (``merge_and_unload``); ``path`` is a file;
+            ``state_dict`` lacks some of the adapter; or it cannot be converted.
         OSError: the files could not be written; what was there before is still there.
     """
     if not isinstance(model, PeftModel):
@@ -83,6 +87,10 @@ def save_adapter(
             )
         tensors = {key: state_dict[entry.key] for key, entry in entries.items()}
     config = model.peft_config[adapter_name]
+    if path_initial_model_for_weight_conversion is not None:
+        lora = check_convertible(config)
+        initial = _find_folder(Path(path_initial_model_for_weight_conversion), adapter_name)
+        config, tensors = doubled(lora), subtract(tensors, _read(initial / WEIGHTS_NAME))
     base = type(model.get_base_model())
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     changes = {"inference_mode": True, "auto_mapping": None if config.task_type else mapping}

@@ -187,10 +187,10 @@ def get_eva_state_dict(
     result = {}
     for name, rank in ranks.items():
         components = found[heads[name]]
-        a = components.directions[:rank].float()
+        a = components.directions[:rank]
         if config.eva_config.whiten:
             a = a / components.sizes[:rank, None].sqrt()
-        result[name] = a.clone()
+        result[name] = a.to(torch.float32, copy=True)
     return result
 
 

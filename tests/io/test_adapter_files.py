@@ -61,7 +61,7 @@ CASES = {
         llama,
         {"target_modules": ["q_proj"], "use_dora": True, "init_lora_weights": "pissa"},
     ),
-    "llama lora_bias": (llama, {"target_modules": ["q_proj", "down_proj"], "lora_bias": True}),
+    "llama lora_bias": (llama, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "llama orthogonal": (
         llama,
         {"target_modules": ["v_proj"], "init_lora_weights": "orthogonal"},
@@ -442,8 +442,6 @@ def test_refused_ways_of_saving(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(ValueError, match="modules_to_save"):
         model.save_pretrained(tmp_path, save_embedding_layers=True)
-    with pytest.raises(ValueError, match="path_initial"):
-        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="x")
     with pytest.raises(ValueError, match="other"):
         model.save_pretrained(tmp_path, selected_adapters=["other"])
     with pytest.raises(ValueError, match="lacks"):
@@ -485,3 +483,50 @@ def test_saved_modules_with_buffers(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
     stock = peft.PeftModel.from_pretrained(build(), tmp_path)
     torch.testing.assert_close(stock(x), model(x))
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}}])  # fmt: skip
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_16"])
+def test_pissa_and_olora_become_plain_lora(
+    init: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=init, **settings
+    )
+    model = fastlora.get_peft_model(llama(), config)
+    model.save_pretrained(tmp_path / "initial")
+    train_everything_a_little(model)
+    model.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    assert model.peft_config["default"].r == 4
+    values = json.loads((tmp_path / "plain" / CONFIG).read_text())
+    assert (values["init_lora_weights"], values["r"]) == (True, 8)
+    want = logits(model.eval(), some_ids())
+    assert not torch.allclose(want, logits(llama(), some_ids()), atol=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock = peft.PeftModel.from_pretrained(llama(), tmp_path / "plain")
+    for other in (stock, fastlora.load_adapter(llama(), tmp_path / "plain")):
+        torch.testing.assert_close(logits(other, some_ids()), want, atol=1e-4, rtol=1e-4)
+
+
+def test_conversions_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    model = fastlora.get_peft_model(plain_net(), LoraConfig(r=4, target_modules=["up"]))
+    model.save_pretrained(tmp_path / "initial")
+    with pytest.raises(ValueError, match="this adapter has True"):
+        fastlora.save_adapter(
+            model, tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "initial"
+        )
+    config = LoraConfig(r=8, target_modules=["up"], init_lora_weights="pissa")
+    other = fastlora.get_peft_model(plain_net(), config)
+    with pytest.raises(ValueError, match=r"\[4, 24\].*\[8, 24\]"):
+        fastlora.save_adapter(
+            other, tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "initial"
+        )
+    with pytest.raises(FileNotFoundError):
+        fastlora.save_adapter(
+            other, tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "nowhere"
+        )
+    assert not (tmp_path / "out").exists()

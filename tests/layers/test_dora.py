@@ -79,7 +79,9 @@ def test_no_scaling_overflows(scaling):
     w, a, b = factors()
     got = row_norms(rows_of(w), a, b, scaling)
     assert got.isfinite().all()
-    torch.testing.assert_close(got.double(), exact_norms(w, a, b, float(scaling)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        got.double(), exact_norms(w, a, b, float(scaling)), rtol=1e-6, atol=0
+    )
 
 
 def test_the_accelerators_choice_of_rows_is_as_good(monkeypatch):
@@ -454,7 +456,9 @@ def test_merging_into_four_bits_reports_its_error():
     exact = layer.merged_weight(FP32)
     assert exact.error < 1e-6
     x = torch.randn(5, 64)
-    torch.testing.assert_close(F.linear(x, exact.weight, layer.bias), layer(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        F.linear(x, exact.weight, layer.bias), layer(x), rtol=1e-5, atol=1e-5
+    )
     codes = layer.weight.codes.clone()
     merged = layer.merge()
     measured = (layer.weight.dequantize(FP32) - exact.weight).norm() / exact.weight.norm()

@@ -70,9 +70,7 @@ def test_saved_modules_and_layer_norms_go_where_peft_puts_them() -> None:
 
 
 def test_pefts_adapted_embeddings_have_a_rate_of_their_own() -> None:
-    stock = peft.get_peft_model(
-        plain_net(), peft.LoraConfig(r=2, target_modules=["embed", "up"])
-    )
+    stock = peft.get_peft_model(plain_net(), peft.LoraConfig(r=2, target_modules=["embed", "up"]))
     settings = {**SETTINGS, "loraplus_lr_embedding": 1e-5}
     expected = groups(stock, theirs(stock, torch.optim.AdamW, **settings))
     got = groups(stock, create_loraplus_optimizer(stock, torch.optim.AdamW, **settings))
@@ -98,7 +96,7 @@ def test_b_moves_faster_and_the_loss_falls() -> None:
             b = max(d.abs().max() for n, d in moved.items() if "lora_B" in n)
             assert b == pytest.approx(8e-3, rel=0.01)
             assert all(d.abs().max() <= 1.1e-3 for n, d in moved.items() if "lora_A" in n)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 @pytest.mark.parametrize(
