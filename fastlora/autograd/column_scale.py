@@ -28,12 +28,7 @@ class ColumnScaleFunction(torch.autograd.Function):
         ctx: Any, z: Tensor, magnitude: Tensor, norm: Tensor, rest: Tensor | None
     ) -> Tensor:
         factor = torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 0)
-        # Into a tensor of z's dtype: nothing of its size is made in the factor's, and y is rounded once.
-        y = torch.empty_like(z)
-        if rest is None:
-            torch.mul(z, factor, out=y)
-        else:
-            torch.addcmul(rest, z, factor, out=y)
+        y = _scaled(z, factor, rest)
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, factor, norm)
         ctx.magnitude_dtype = magnitude.dtype
         ctx.rest_like = None if rest is None else (rest.ndim, rest.dtype)
@@ -46,8 +41,7 @@ class ColumnScaleFunction(torch.autograd.Function):
         need_z, need_magnitude, _, need_rest = ctx.needs_input_grad
         dz = d_magnitude = d_rest = None
         if need_z:
-            dz = torch.empty_like(dy)
-            torch.mul(dy, factor, out=dz)
+            dz = _scaled(dy, factor, None)
         if need_magnitude:
             total = _column_dots(dy, z, norm.dtype)
             d_magnitude = torch.where(norm > 0, total / norm, 0).to(ctx.magnitude_dtype)
@@ -56,6 +50,15 @@ class ColumnScaleFunction(torch.autograd.Function):
             summed = dy if ndim > 1 else _rows(dy).sum(0, dtype=norm.dtype)
             d_rest = summed.to(dtype)
         return dz, d_magnitude, None, d_rest
+
+
+def _scaled(z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
+    """rest + factor * z in z's dtype, rounded once, with nothing of z's size made in the factor's."""
+    if torch.compiler.is_compiling():  # which fuses, and torch.export takes no out=
+        y = z * factor if rest is None else torch.addcmul(rest, z, factor)
+        return y.to(z.dtype)
+    y = torch.empty_like(z)
+    return torch.mul(z, factor, out=y) if rest is None else torch.addcmul(rest, z, factor, out=y)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -102,7 +102,9 @@ class QLoRALinear(FusedLayer):
         bias = None
         if linear.bias is not None:
             bias = linear.bias.detach().clone()
-        fits = r is not None and check_init(init_lora_weights) == "loftq"
+        init = check_init(init_lora_weights)
+        check_lora_bias(lora_bias, use_dora, init)
+        fits = r is not None and init == "loftq"
         layer = cls.from_quantized(
             _quantized(linear, block_size, double_quant, device),
             bias,
@@ -112,12 +114,11 @@ class QLoRALinear(FusedLayer):
             use_rslora,
             use_dora,
             adapter_dtype,
-            False if fits else init_lora_weights,
+            False if fits else init,
             adapter_name,
             lora_bias,
         )
         if fits:
-            check_lora_bias(lora_bias, use_dora, "loftq")
             layer._fit(adapter_name, linear.weight, loftq_iter)
         return layer.train(linear.training)
 

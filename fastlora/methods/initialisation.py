@@ -81,4 +81,7 @@ def settings(name: str, value: Any, kind: type[_Settings]) -> _Settings:
         raise TypeError(
             f"{name}: got {value!r}; accepted is a fastlora.{kind.__name__}, or a dict of {', '.join(sorted(known))}"
         )
-    return kind(**fields)
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None

@@ -66,10 +66,7 @@ def test_fields_and_defaults_are_pefts() -> None:
     ],
 )
 def test_bad_values_name_the_field(settings: dict[str, object], error: type[Exception]) -> None:
-    (first, value), *_ = settings.items()
-    with pytest.raises(
-        error, match="|".join(value) if isinstance(value, dict) and value else first
-    ):
+    with pytest.raises(error, match=next(iter(settings))):
         LoraConfig(**settings)
 
 
