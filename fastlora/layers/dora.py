@@ -4,8 +4,8 @@ The norm of row n comes from the factors,
 
     ||W_n + s B_n A||^2 = ||W_n||^2 + 2 s (W A^T)_n . B_n + s^2 B_n (A A^T) B_n^T
 
-so that no [N, K] delta is made: W A^T is [N, r] and A A^T is [r, r]. W is read by slabs, in fp32 (an fp64 base in fp64);
-what is summed after that is small, and in fp64, which no scaling overflows. A row whose terms cancel so far that digits
+so that no [N, K] delta is made: W A^T is [N, r] and A A^T is [r, r]. W is read by slabs, in fp32 (an fp64 base in fp64;
+TF32 where it is allowed); what is summed after that is small, and in fp64, which no scaling overflows. A row whose terms cancel so far that digits
 are lost is done again from W_n + s B_n A itself.
 
 It is computed at every forward and kept by nobody. A and B change with every step, and what says so is not to be relied
@@ -74,9 +74,20 @@ def row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> 
         finer = torch.finfo(torch.float64).eps / torch.finfo(base.dtype).eps
         doubt = squares + 2 * squares.sqrt() * reach + finer * reach.square()
         for rows in _doubtful(total, doubt):
-            whole = read(rows).double() + scaled[rows] @ exact_a
-            total[rows] = torch.linalg.vector_norm(whole, dim=1).square()
+            total[rows] = _whole_norms(read(rows), scaled[rows], exact_a).square()
         return total.clamp_min(0).sqrt().to(base.dtype)
+
+
+def exact_row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
+    """``row_norms`` in fp64 and from W + s B A itself, slab by slab; TF32 does not touch it."""
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        read, scaled, exact_a = base.reader(), b.detach().double() * scaling, a.detach().double()
+        slabs = [_whole_norms(read(rows), scaled[rows], exact_a) for rows in base.slabs()]
+        return torch.cat([scaled.new_empty(0), *slabs])
+
+
+def _whole_norms(rows: Tensor, scaled_b: Tensor, a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows.double() + scaled_b @ a, dim=1)
 
 
 def _read_once(

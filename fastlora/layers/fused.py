@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._autocast import autocast_dtype
 from ..quant import NF4Tensor
 from .base import LoRALayer, Merged
-from .dora import scale_columns
+from .dora import exact_row_norms, scale_columns
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -104,7 +104,8 @@ class FusedLayer(LoRALayer):
 
     def _column_factors(self, name: str) -> Tensor:
         """What DoRA multiplies the rows of W + s B A by: m / ||W + s B A|| [N] in fp64."""
-        norms = self._row_norms(name).double()
+        factors = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        norms = exact_row_norms(self._base_rows(), *factors)
         return torch.where(norms > 0, self.lora_magnitude_vector[name].double() / norms, 0)
 
     def merge(self) -> Merged:

@@ -91,8 +91,7 @@ class _Components:
             # In fp64 from here on, as PEFT's is: the randomised SVD below then draws the same numbers.
             stack = torch.cat((known.double(), stack.double(), weight**0.5 * shift[None]))
             mean = (self.mean * self.count + mean * m) / (self.count + m)
-        with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
-            torch.manual_seed(42)
+        with _seeded(rows.device, 42):
             _, sizes, v = torch.svd_lowrank(stack, q=2 * self.n, niter=4)
         directions = v.t()
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
@@ -103,6 +102,20 @@ class _Components:
         self.count, self.mean, self.spread = self.count + m, mean, spread
         self.directions, self.sizes = directions, sizes[: self.n]
         self.shares = (self.sizes.double().square() / spread).cpu()
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The device's generator with a seed of its own for a while; no other is touched."""
+    generator = torch.default_generator
+    if device.type != "cpu":
+        generator = getattr(torch, device.type).default_generators[device.index or 0]
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 class _Budget(NamedTuple):

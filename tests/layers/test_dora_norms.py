@@ -6,7 +6,7 @@ import torch
 from fastlora import NF4Tensor, QLoRALinear
 from fastlora.autograd import ColumnScaleFunction
 from fastlora.layers import dora as dora_module
-from fastlora.layers.dora import row_norms, rows_of
+from fastlora.layers.dora import exact_row_norms, row_norms, rows_of
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 N, K, R = 24, 40, 4
@@ -92,6 +92,8 @@ def test_strides_slabs_and_autocast_change_nothing(monkeypatch):
     with torch.autocast("cpu", dtype=BF16):
         slabs = row_norms(rows_of(strided), a, b, 0.5)
     torch.testing.assert_close(slabs, whole, rtol=3e-7, atol=0)
+    exact = exact_row_norms(rows_of(strided), a, b, 0.5)
+    torch.testing.assert_close(exact, exact_norms(w, a, b, 0.5), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
