@@ -252,6 +252,32 @@ def lora_linear_segments(
     return y.view(*x.shape[:-1], lora_b.shape[1])
 
 
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    keep: int = rng.KEEP_ALL,
+) -> Tensor:
+    """DoRA (arXiv 2402.09353) by PEFT's formula: W x + bias + (c - 1) W x' + c s B A x' of x' = drop(x), with c =
+    magnitude / ||W + s B A|| by rows, whose norm is a constant in backward. A row of zeros has c = 0.
+
+    ``mask`` and ``keep`` as in ``lora_linear``.
+    """
+    dropped = x if mask is None else torch.where(mask, x, 0) * rng.keep_scale(keep)
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    norm = torch.linalg.vector_norm(weight + (b @ a) * scaling, dim=1).detach()
+    factor = torch.where(norm > 0, magnitude.to(x.dtype) / norm, 0)
+    base = torch.nn.functional.linear(x, weight, bias)
+    scaled = torch.nn.functional.linear(dropped, weight)
+    update = (dropped @ a.t()) @ b.t() * scaling
+    return base + (factor - 1) * scaled + factor * update
+
+
 # ---- NF4 (QLoRA, arXiv 2305.14314; laid out as bitsandbytes stores it) ---------------------------------------
 
 NF4_CODE = (

@@ -1,6 +1,7 @@
-"""One torch.autograd.Function per public function."""
+"""The autograd functions that the public functions apply."""
 
+from .column_scale import ColumnScaleFunction
 from .lora_linear import LoraLinearFunction
 from .lora_linear_segments import LoraLinearSegmentsFunction
 
-__all__ = ["LoraLinearFunction", "LoraLinearSegmentsFunction"]
+__all__ = ["ColumnScaleFunction", "LoraLinearFunction", "LoraLinearSegmentsFunction"]

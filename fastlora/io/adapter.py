@@ -38,6 +38,7 @@ from ..methods.base import CONFIG_NAME
 from ..models.entry import plan
 from ..models.inject import Injection, set_trainable, trained_biases
 from ..models.peft_model import PeftModel
+from .subtraction import check_convertible, doubled, subtract
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 RECORD_NAME = "trainable_parameters.json"
@@ -49,6 +50,7 @@ def save_adapter(
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     state_dict: Mapping[str, Tensor] | None = None,
+    path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write an adapter, for stock ``peft.PeftModel.from_pretrained`` or ``load_adapter``.
 
@@ -61,11 +63,13 @@ def save_adapter(
         path: a folder; made if missing.
         adapter_name: the adapter; one not called "default" goes into ``path/adapter_name``.
         state_dict: values to write instead of the model's (keys as in ``model.state_dict()``).
+        path_initial_model_for_weight_conversion: a PiSSA or OLoRA adapter as it was saved before training: what is written
+            is then plain LoRA of twice the rank over the base as it was (see ``io/subtraction.py``).
 
     Raises:
         TypeError: ``model`` is no fastlora.PeftModel.
-        ValueError: it has no such adapter, or no more (``merge_and_unload``); ``path`` is a file; or
-            ``state_dict`` lacks some of the adapter.
+        ValueError: it has no such adapter, or no more (``merge_and_unload``); ``path`` is a file;
+            ``state_dict`` lacks some of the adapter; or it cannot be converted.
         OSError: the files could not be written; what was there before is still there.
     """
     if not isinstance(model, PeftModel):
@@ -85,6 +89,10 @@ def save_adapter(
     if state_dict is not None:
         tensors = _values(entries, state_dict)
     config = model.peft_config[adapter_name]
+    if path_initial_model_for_weight_conversion is not None:
+        lora = check_convertible(config)
+        initial = find_folder(Path(path_initial_model_for_weight_conversion), adapter_name)
+        config, tensors = doubled(lora), subtract(tensors, read_tensors(initial / WEIGHTS_NAME))
     changes = config.file_fields(model.get_base_model(), adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
     _write_together(

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from ..ops.support import MAX_RANK
 from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
-from .inits import check_init, initial_factors
+from .dora import BaseRows, row_norms, scale_columns
+from .inits import Factors, check_init, check_lora_bias, initial_factors
 from .merging import Merged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# Key in an adapter's file, as PEFT writes it -> the dict that holds the tensor, beside A and B.
+_MORE_KEYS = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "lora_magnitude_vector"}
 
 
 def adapter_dtype_for(dtype: torch.dtype | None) -> torch.dtype:
@@ -26,10 +30,11 @@ def adapter_dtype_for(dtype: torch.dtype | None) -> torch.dtype:
 class LoRALayer(AdapterLayer):
     """A matrix [N, K], of a linear map [..., K] -> [..., N] as a rule, with any number of named adapters, some active.
 
-    Parameters: ``lora_A[name]`` [r, K] and ``lora_B[name]`` [N, r]. The dicts ``r``,
-    ``lora_alpha``, ``scaling``, ``lora_dropout``, ``use_rslora`` and ``init_lora_weights`` hold one
-    value per adapter; ``scaling`` is read at every forward. With several active adapters their
-    updates are added, as in PEFT.
+    Parameters: ``lora_A[name]`` [r, K] and ``lora_B[name]`` [N, r]; of a DoRA adapter (arXiv 2402.09353)
+    ``lora_magnitude_vector[name]`` [N], of one with ``lora_bias`` ``lora_bias[name]`` [N] (PEFT's ``lora_B.bias``). The
+    dicts ``r``, ``lora_alpha``, ``scaling``, ``lora_dropout``, ``use_rslora`` and ``init_lora_weights`` hold one value
+    per adapter; ``scaling`` is read at every forward. Several active adapters act one after another, as in PEFT: an
+    update is added, and DoRA scales what there is by then.
     """
 
     is_linear: ClassVar[bool] = True  # whether forward is that linear map
@@ -42,6 +47,8 @@ class LoRALayer(AdapterLayer):
         "r",
         "lora_A",
         "lora_B",
+        "lora_magnitude_vector",
+        "lora_bias",
         "lora_alpha",
         "scaling",
         "lora_dropout",
@@ -55,6 +62,8 @@ class LoRALayer(AdapterLayer):
         self.out_features = out_features
         for part in self.factor_names:
             self.add_module(part, nn.ParameterDict())
+        self.lora_magnitude_vector = nn.ParameterDict()
+        self.lora_bias = nn.ParameterDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float | Tensor] = {}
@@ -76,6 +85,23 @@ class LoRALayer(AdapterLayer):
         """Where the base computes, and in which float dtype (None: unknown)."""
         raise NotImplementedError
 
+    def _base_rows(self) -> BaseRows:
+        """The base weight to be read by rows, for DoRA's norms.
+
+        Raises:
+            NotImplementedError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The base's product, with ``bias`` [N] or none in place of its own."""
+        raise NotImplementedError
+
+    def _base_bias(self) -> Tensor | None:
+        """The base's bias [N]."""
+        bias: Tensor | None = getattr(self, "bias", None)
+        return bias
+
     # Adapters.
 
     def add_adapter(
@@ -87,6 +113,8 @@ class LoRALayer(AdapterLayer):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> None:
         """Add an adapter and initialise it; it becomes active if it is the first.
 
@@ -99,9 +127,12 @@ class LoRALayer(AdapterLayer):
             init_lora_weights: see ``layers/inits.py``. PiSSA and OLoRA give the layer a base weight
                 of its own.
             adapter_dtype: dtype of A and B; None: fp32 for a base in fp32 or below.
+            use_dora: DoRA: the rows of W + s B A get a trained length, at first that which they have.
+            lora_bias: the update has a bias of its own, s * (B A x + lora_bias); zero at first.
 
         Raises:
-            ValueError: any of these is out of range, the name is taken, or adapters are merged.
+            ValueError: any of these is out of range or excludes another, the name is taken, or adapters are merged.
+            NotImplementedError: ``use_dora`` over a base whose weight cannot be read.
         """
         self.check_change("add_adapter")
         if check_adapter_name(name) in self.r:
@@ -113,39 +144,52 @@ class LoRALayer(AdapterLayer):
                 f"lora_dropout: got {lora_dropout!r}; accepted are probabilities from 0 to 1"
             )
         init = check_init(init_lora_weights)
+        check_lora_bias(lora_bias, use_dora, init)
+        if use_dora:
+            self._base_rows()
         device, base_dtype = self._base_device_dtype()
         dtype = adapter_dtype or adapter_dtype_for(base_dtype)
         scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        k, n = self.in_features, self.out_features
         if device.type == "meta":
-            a, b, residual = (
-                torch.empty(r * self.stacked, self.in_features),
-                torch.empty(self.out_features, r * self.stacked),
-                None,
-            )
+            bias, ranks = torch.empty(n) if lora_bias else None, r * self.stacked
+            made = Factors(torch.empty(ranks, k), torch.empty(n, ranks), None, bias)
         else:
-            a, b, residual = self._factors(init, r, scaling)
-        if residual is not None:
-            self._replace_base_weight(residual)
-        self.lora_A[name] = nn.Parameter(a.to(device, dtype))
-        self.lora_B[name] = nn.Parameter(b.to(device, dtype))
+            made = self._factors(init, r, scaling, lora_bias)
+        if made.residual is not None:
+            self._replace_base_weight(made.residual)
+        self.lora_A[name] = nn.Parameter(made.a.to(device, dtype))
+        self.lora_B[name] = nn.Parameter(made.b.to(device, dtype))
+        if made.bias is not None:
+            self.lora_bias[name] = nn.Parameter(made.bias.to(device, dtype))
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
+        if use_dora:
+            norms = torch.empty(n) if device.type == "meta" else self._row_norms(name)
+            self.lora_magnitude_vector[name] = nn.Parameter(norms.to(device, dtype))
         self.lora_dropout[name], self.use_rslora[name] = float(lora_dropout), use_rslora
         self.init_lora_weights[name] = init
         if not self.active_adapters:
             self.active_adapters = [name]
 
     def _factors(
-        self, init: bool | str, r: int, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        a, b, residual = initial_factors(
-            init, self._base_weight(), self.in_features, self.out_features, r, scaling
+        self, init: bool | str, r: int, scaling: float, lora_bias: bool = False
+    ) -> Factors:
+        made = initial_factors(
+            init, self._base_weight(), self.in_features, self.out_features, r, scaling, lora_bias
         )
         dtype = self._base_device_dtype()[1]
-        if residual is None and dtype is not None:
+        if made.residual is None and dtype is not None:
             # PEFT creates A and B in the base's dtype and widens them after; rounding alike keeps
             # one seed one adapter.
-            a, b = a.to(dtype), b.to(dtype)
-        return a, b, residual
+            bias = None if made.bias is None else made.bias.to(dtype)
+            made = Factors(made.a.to(dtype), made.b.to(dtype), None, bias)
+        return made
+
+    def _row_norms(self, name: str) -> Tensor:
+        """||W + s B A|| by rows [N], of one adapter alone over the base, whatever else is active."""
+        return row_norms(
+            self._base_rows(), self.lora_A[name], self.lora_B[name], self.scaling[name]
+        )
 
     def reset_adapters(self) -> None:
         """Initialise every adapter again from its own settings (after ``to_empty``, say).
@@ -157,11 +201,17 @@ class LoRALayer(AdapterLayer):
             if r == 0:
                 continue
             scaling = self._own_scaling(name)
-            a, b, residual = self._factors(self.init_lora_weights[name], r, scaling)
-            if residual is not None:
-                self._replace_base_weight(residual)
-            self.write_factors(name, a, b)
+            bias = name in self.lora_bias
+            made = self._factors(self.init_lora_weights[name], r, scaling, bias)
+            if made.residual is not None:
+                self._replace_base_weight(made.residual)
+            self.write_factors(name, made.a, made.b)
             self._set_scaling(name, scaling)
+            with torch.no_grad():
+                if made.bias is not None:
+                    self.lora_bias[name].copy_(made.bias)
+                if name in self.lora_magnitude_vector:
+                    self.lora_magnitude_vector[name].copy_(self._row_norms(name))
 
     def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
         if not self.r.get(name):
@@ -172,6 +222,11 @@ class LoRALayer(AdapterLayer):
         return {
             "lora_A.weight": AdapterTensor(f"lora_A.{name}", a),
             "lora_B.weight": AdapterTensor(f"lora_B.{name}", b),
+            **{
+                key: AdapterTensor(f"{part}.{name}", getattr(self, part)[name])
+                for key, part in _MORE_KEYS.items()
+                if name in getattr(self, part)
+            },
         }
 
     def set_scale(self, name: str, scale: float) -> None:
@@ -260,8 +315,22 @@ class LoRALayer(AdapterLayer):
         dtype = y.dtype
         for name in names:
             a, b = self.lora_A[name], self.lora_B[name]
+            bias = self.lora_bias.get(name)
             dropped = F.dropout(x.to(a.dtype), self.lora_dropout[name], self.training)
-            y = y + F.linear(F.linear(dropped, a), b) * self.scaling[name]
+            update = F.linear(F.linear(dropped, a), b, bias) * self.scaling[name]
+            if name not in self.lora_magnitude_vector:
+                y = y + update
+                continue
+            rest: Tensor | None
+            if self.training and self.lora_dropout[name] > 0:
+                # PEFT's formula: dropout acts on the base's share of the scaled part as well.
+                base = self._base(dropped.to(x.dtype), None)
+                y, rest = base, y - base
+            else:
+                rest = self._base_bias()
+                y = y if rest is None else y - rest
+            magnitude = self.lora_magnitude_vector[name]
+            y = scale_columns(y + update, magnitude, self._row_norms(name), rest)
         return y.to(dtype)
 
     def extra_repr(self) -> str:
@@ -270,5 +339,9 @@ class LoRALayer(AdapterLayer):
             state = "" if name in self.acting_adapters() else ", inactive"
             state = ", merged" if name in self.merged_adapters else state
             scaling, dropout = self.scaling[name], self.lora_dropout[name]
-            parts.append(f"{name}(r={r}, scaling={float(scaling):g}, dropout={dropout:g}{state})")
+            kind = ", DoRA" if name in self.lora_magnitude_vector else ""
+            kind += ", lora_bias" if name in self.lora_bias else ""
+            parts.append(
+                f"{name}(r={r}, scaling={float(scaling):g}, dropout={dropout:g}{kind}{state})"
+            )
         return ", ".join(parts)

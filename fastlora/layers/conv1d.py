@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear
 from ..quant import NF4Tensor
+from .dora import BaseRows, rows_of
 from .fused import FusedLayer
 from .merging import Merged, as_parameter
 from .plain import FLOATS, bare, is_conv1d
@@ -63,14 +64,22 @@ class LoRAConv1D(FusedLayer):
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 
-    def _product(
-        self, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout_p: float
-    ) -> Tensor:
-        weight = self.weight.t()
-        return lora_linear(x, weight, a, b, scaling, self.bias, dropout_p, self.training)
+    def _base_rows(self) -> BaseRows:
+        return rows_of(self.weight.t())
 
-    def _base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.t(), self.bias)
+    def _product(
+        self,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float | Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
+        return lora_linear(x, self.weight.t(), a, b, scaling, bias, dropout_p, self.training)
+
+    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight.t(), bias)
 
     # Merging works on W^T [N, K], as that of every linear; what is kept is [K, N].
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..quant import NF4Tensor
 from .adapter import AdapterTensor
 from .base import LoRALayer
+from .inits import Factors
 from .merging import MergeableLayer, as_parameter
 from .plain import FLOATS, bare
 
@@ -137,16 +138,32 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 
-    def _factors(self, init: bool | str, r: int, scaling: float) -> tuple[Tensor, Tensor, None]:
+    def add_adapter(self, name: str = "default", *args: Any, **settings: Any) -> None:
+        """As ``LoRALayer.add_adapter``.
+
+        Raises:
+            NotImplementedError: also with DoRA or lora_bias.
+        """
+        for field in ("use_dora", "lora_bias"):
+            if settings.get(field):
+                raise NotImplementedError(
+                    f"{field}: got True over an embedding; accepted is False there. Leave it out of target_modules, or use "
+                    "stock peft"
+                )
+        super().add_adapter(name, *args, **settings)
+
+    def _factors(
+        self, init: bool | str, r: int, scaling: float, lora_bias: bool = False
+    ) -> Factors:
         # The numbers that PEFT draws, in its order: one seed gives one adapter in both libraries.
         a = torch.randn(r, self.in_features, dtype=torch.float32, device="cpu")
         b = torch.randn(self.out_features, r, dtype=torch.float32, device="cpu")
         if init is not False:
             a.zero_()
             b.normal_()
-        return a.to(self.weight.dtype), b.to(self.weight.dtype), None
+        return Factors(a.to(self.weight.dtype), b.to(self.weight.dtype))
 
-    def _base(self, ids: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor) -> Tensor:
         return scaled(F.embedding(ids, self.weight, self.padding_idx), self.embed_scale)
 
     def _scale_of_update(self) -> Tensor | float | None:
@@ -158,7 +175,7 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] of integers -> [..., dim] in the weight's dtype."""
-        y = self._base(ids)
+        y = self._rows(ids)
         dtype = y.dtype
         for name in self.acting_adapters():
             a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,18 @@ def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
     return getattr(value, "weight", value)
 
 
-def _tensors(layer: Any) -> tuple[Any, Tensor | None, Tensor | None, bool]:
-    """Weight [N, K] (4-bit ones have a form), the active adapter's A and B, and whether it drops, of a fastlora layer or a PEFT ``lora.Linear``."""
+class _Parts(NamedTuple):
+    """Of a fastlora layer or a PEFT ``lora.Linear``: the weight [N, K] (4-bit ones have a form), the active adapter's A and
+    B, whether its low-rank path drops, and whether it is DoRA."""
+
+    weight: Any
+    a: Tensor | None = None
+    b: Tensor | None = None
+    drops: bool = False
+    dora: bool = False
+
+
+def _tensors(layer: Any) -> _Parts:
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     if isinstance(base, LoRALayer) and not base.is_linear:
         raise TypeError(f"layer: got {type(base).__name__}, which is no linear")
@@ -43,11 +53,16 @@ def _tensors(layer: Any) -> tuple[Any, Tensor | None, Tensor | None, bool]:
     adapters = {} if merged else getattr(layer, "lora_A", {})
     active = [name for name in getattr(layer, "active_adapters", adapters) if name in adapters]
     if not active:
-        return weight, None, None, False
+        return _Parts(weight)
     dropout = getattr(layer, "lora_dropout", {})
     drop = dropout[active[0]] if active[0] in dropout else 0.0  # noqa: SIM401 (PEFT's ModuleDict has no get)
     drops = getattr(drop, "p", drop if isinstance(drop, float) else 0.0) > 0 and layer.training
-    return weight, _factor(layer, "lora_A", active[0]), _factor(layer, "lora_B", active[0]), drops
+    factors = _factor(layer, "lora_A", active[0]), _factor(layer, "lora_B", active[0])
+    if active[0] in getattr(
+        layer, "lora_magnitude_vector", ()
+    ):  # drops x for base and update alike
+        return _Parts(weight, *factors, False, True)
+    return _Parts(weight, *factors, drops)
 
 
 def _line(
@@ -76,7 +91,7 @@ def explain(layer: Any, x: Tensor) -> str:
     Raises:
         TypeError: ``layer`` has no 2-d weight, or a 4-bit one that cannot be read as it lies.
     """
-    weight, lora_a, lora_b, drops = _tensors(layer)
+    weight, lora_a, lora_b, drops, dora = _tensors(layer)
     n, k = weight.shape
     rank = 0 if lora_a is None else lora_a.shape[0]
     rows = x.numel() // k if k else 0
@@ -92,6 +107,11 @@ def explain(layer: Any, x: Tensor) -> str:
     lines += [
         f"{type(layer).__name__}: M={rows} K={k} N={n} r={rank} {x.dtype} on {x.device}{preference}"
     ]
+    if dora:
+        lines += [
+            "  DoRA   n = ||W + s B A|| by rows        -> torch  (from W A^T and A A^T; W read once)",
+            "  DoRA   y = bias + (m / n) z, z below    -> torch  (in training z is kept where m is trained)",
+        ]
     flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
     whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
     state = x.new_empty(2, dtype=torch.int64) if drops else None

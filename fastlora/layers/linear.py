@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear
 from .base import LoRALayer
-from .fused import FusedLayer, refuse_dora
+from .dora import BaseRows, rows_of
+from .fused import FusedLayer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,12 +31,11 @@ class LoRALinear(FusedLayer):
             adapter, named "default"; see ``LoRALayer.add_adapter``.
         bias: whether the base has a bias [N]. It is frozen like the weight;
             ``layer.bias.requires_grad_()`` trains it.
-        use_dora: refused, not there yet.
+        use_dora, lora_bias: of the first adapter as well.
         device, dtype: of the base weight.
 
     Raises:
         ValueError: an argument is out of range.
-        NotImplementedError: ``use_dora=True``.
     """
 
     weight: Tensor
@@ -55,13 +55,14 @@ class LoRALinear(FusedLayer):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
     ) -> None:
         super().__init__(in_features, out_features)
-        refuse_dora(use_dora)
         self._share(nn.Linear(in_features, out_features, bias, device, dtype))
         self.add_adapter(
-            "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
-        )
+            "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype,
+            use_dora, lora_bias,
+        )  # fmt: skip
         self._freeze_base()
 
     @classmethod
@@ -76,6 +77,7 @@ class LoRALinear(FusedLayer):
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
         adapter_name: str = "default",
+        lora_bias: bool = False,
     ) -> Self:
         """A layer over ``linear``'s own weight and bias: shared, not copied, and now frozen.
 
@@ -85,7 +87,6 @@ class LoRALinear(FusedLayer):
         Raises:
             TypeError: ``linear`` is no nn.Linear.
             ValueError: its weight is not floating point, or another argument is out of range.
-            NotImplementedError: ``use_dora=True``.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}; accepted is a torch.nn.Linear")
@@ -98,13 +99,13 @@ class LoRALinear(FusedLayer):
                 "accepted is a float weight [N, K]. fastlora.layers.LoRAWrapper puts adapters "
                 "over a quantised linear"
             )
-        refuse_dora(use_dora)
         layer = cls.__new__(cls)
         LoRALayer.__init__(layer, linear.in_features, linear.out_features)
         layer._share(linear)
         layer.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
-        )
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype,
+            use_dora, lora_bias,
+        )  # fmt: skip
         layer._freeze_base()  # last: an error above leaves the caller's linear as it was
         return layer.train(linear.training)
 
@@ -126,6 +127,9 @@ class LoRALinear(FusedLayer):
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 
+    def _base_rows(self) -> BaseRows:
+        return rows_of(self.weight)
+
     def reset_parameters(self) -> None:
         """Draw the base anew as nn.Linear does, then every adapter (after the meta device, say).
 
@@ -137,9 +141,15 @@ class LoRALinear(FusedLayer):
         self.reset_adapters()
 
     def _product(
-        self, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout_p: float
+        self,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float | Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
     ) -> Tensor:
-        return lora_linear(x, self.weight, a, b, scaling, self.bias, dropout_p, self.training)
+        return lora_linear(x, self.weight, a, b, scaling, bias, dropout_p, self.training)
 
-    def _base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..quant import NF4Tensor
 from .base import LoRALayer
 from .experts import experts_forward, reads_experts
-from .inits import changes_base_weight, initial_factors
+from .inits import Factors, changes_base_weight, initial_factors
 from .merging import MergeableLayer, as_parameter
 from .plain import FLOATS
 from .standin import StandIn
@@ -103,6 +103,11 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
                 f"lora_dropout: got {settings['lora_dropout']} with target_parameters; accepted is 0.0, for a Parameter has "
                 "no input to drop from"
             )
+        for field in ("use_dora", "lora_bias"):
+            if settings.get(field):
+                raise NotImplementedError(
+                    f"{field}: got True with target_parameters; accepted is False, for a Parameter that its module reads itself"
+                )
         super().add_adapter(name, *args, **settings)
 
     def _base_weight(self) -> None:
@@ -111,16 +116,18 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 
-    def _factors(self, init: bool | str, r: int, scaling: float) -> tuple[Tensor, Tensor, None]:
+    def _factors(
+        self, init: bool | str, r: int, scaling: float, lora_bias: bool = False
+    ) -> Factors:
         if changes_base_weight(init):
             raise ValueError(
                 f"init_lora_weights: got {init!r} with target_parameters; accepted are True, False and 'gaussian'"
             )
         k, n = self.in_features, self.out_features
-        a, b, _ = initial_factors(init, None, k, n, r * self.stacked, scaling)
-        if init == "gaussian":  # its deviation is 1 / r, whatever the number of experts
-            a *= self.stacked
-        return a.to(self.weight.dtype), b.to(self.weight.dtype), None
+        made = initial_factors(init, None, k, n, r * self.stacked, scaling)
+        # a gaussian's deviation is 1 / r, whatever the number of experts
+        a = made.a * self.stacked if init == "gaussian" else made.a
+        return Factors(a.to(self.weight.dtype), made.b.to(self.weight.dtype))
 
     def split_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A [E, r, K] and B [E, N, r] of an adapter, as views."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ..functional import qlora_linear
 from ..quant import NF4Tensor
 from .base import LoRALayer
-from .fused import FusedLayer, refuse_dora
+from .dora import BaseRows
+from .fused import FusedLayer
+from .inits import check_init, check_lora_bias, loftq
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,13 +30,12 @@ class QLoRALinear(FusedLayer):
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: the first adapter, named "default";
             see ``LoRALayer.add_adapter``. ``r=None``: no adapter yet. PiSSA and OLoRA, which change W, are refused.
         bias: whether the base has a bias [N]. It is frozen; ``layer.bias.requires_grad_()`` trains it.
-        use_dora: refused, not there yet.
+        use_dora, lora_bias: of the first adapter as well.
         block_size, double_quant: see ``NF4Tensor.quantize``.
         device, dtype: of the base weight that is drawn and quantised.
 
     Raises:
         ValueError: an argument is out of range.
-        NotImplementedError: ``use_dora=True``.
     """
 
     weight: NF4Tensor
@@ -56,15 +57,16 @@ class QLoRALinear(FusedLayer):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
     ) -> None:
         super().__init__(in_features, out_features)
-        refuse_dora(use_dora)
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self._hold(_quantized(linear, block_size, double_quant, None), linear.bias)
         if r is not None:
             self.add_adapter(
-                "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
-            )
+                "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype,
+                use_dora, lora_bias,
+            )  # fmt: skip
 
     @classmethod
     def from_linear(
@@ -81,23 +83,29 @@ class QLoRALinear(FusedLayer):
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
         adapter_name: str = "default",
+        lora_bias: bool = False,
+        loftq_iter: int = 1,
     ) -> Self:
         """A layer with ``linear``'s weight in NF4 and a copy of its bias; ``linear`` is left as it is.
 
         Args:
             device: where the weight is quantised and the layer lives; None: where ``linear`` does.
+            init_lora_weights: "loftq" as well: the adapter makes up for what quantising takes.
+            loftq_iter: its iterations. From the second on the 4-bit weight is no longer that of ``linear`` alone.
 
         Raises:
             TypeError: ``linear`` is no nn.Linear.
             ValueError: its weight is not floating point, or another argument is out of range.
-            NotImplementedError: ``use_dora=True``.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}; accepted is a torch.nn.Linear")
         bias = None
         if linear.bias is not None:
             bias = linear.bias.detach().clone()
-        return cls.from_quantized(
+        init = check_init(init_lora_weights)
+        check_lora_bias(lora_bias, use_dora, init)
+        fits = r is not None and init == "loftq"
+        layer = cls.from_quantized(
             _quantized(linear, block_size, double_quant, device),
             bias,
             r,
@@ -106,9 +114,25 @@ class QLoRALinear(FusedLayer):
             use_rslora,
             use_dora,
             adapter_dtype,
-            init_lora_weights,
+            False if fits else init,
             adapter_name,
-        ).train(linear.training)
+            lora_bias,
+        )
+        if fits:
+            layer._fit(adapter_name, linear.weight, loftq_iter)
+        return layer.train(linear.training)
+
+    def _fit(self, name: str, weight: Tensor, iterations: int) -> None:
+        """LoftQ: values for an adapter, and for the 4-bit weight, that together are near ``weight``."""
+        settings = self.r[name], float(self.scaling[name]), iterations
+        weight = weight.detach().to(self.weight.device)
+        self.weight, made = loftq(weight, self.weight.requantize, *settings)
+        with torch.no_grad():
+            self.lora_A[name].copy_(made.a)
+            self.lora_B[name].copy_(made.b)
+            if name in self.lora_magnitude_vector:
+                self.lora_magnitude_vector[name].copy_(self._row_norms(name))
+        self.init_lora_weights[name] = "loftq"
 
     @classmethod
     def from_quantized(
@@ -123,18 +147,18 @@ class QLoRALinear(FusedLayer):
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
         adapter_name: str = "default",
+        lora_bias: bool = False,
     ) -> Self:
         """A layer over a 4-bit weight and a bias [N], which are shared, not copied.
 
         Raises:
             TypeError: ``weight`` is no NF4Tensor.
-            ValueError, NotImplementedError: as the constructor.
+            ValueError: as the constructor.
         """
         if not isinstance(weight, NF4Tensor):
             raise TypeError(
                 f"weight: got {type(weight).__name__}; accepted is a fastlora.NF4Tensor"
             )
-        refuse_dora(use_dora)
         n, k = weight.shape
         if bias is not None and tuple(bias.shape) != (n,):
             raise ValueError(f"bias: got shape {tuple(bias.shape)}; accepted is [{n}]")
@@ -143,7 +167,8 @@ class QLoRALinear(FusedLayer):
         layer._hold(weight, bias)
         if r is not None:
             layer.add_adapter(
-                adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+                adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype,
+                use_dora, lora_bias,
             )  # fmt: skip
         return layer
 
@@ -170,21 +195,31 @@ class QLoRALinear(FusedLayer):
         """In 4 bits a QLoRALinear without adapters, in floats an nn.Linear."""
         if isinstance(weight, NF4Tensor):
             layer = type(self).from_quantized(weight, r=None)
-            layer.bias = self.bias  # itself: it may be trained
+            layer.bias = self.merged_bias()  # as a rule itself: it may be trained
             return layer.train(self.training)
         return super().as_base(weight)
 
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 
-    def _product(
-        self, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, dropout_p: float
-    ) -> Tensor:
-        return qlora_linear(x, self.weight, a, b, scaling, self.bias, dropout_p, self.training)
+    def _base_rows(self) -> BaseRows:
+        shape = self.out_features, self.in_features
+        return BaseRows(shape, torch.float32, lambda: self.weight.row_reader(torch.float32))
 
-    def _base(self, x: Tensor) -> Tensor:
+    def _product(
+        self,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float | Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
+        return qlora_linear(x, self.weight, a, b, scaling, bias, dropout_p, self.training)
+
+    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
         nothing = x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0)
-        return qlora_linear(x, self.weight, *nothing, bias=self.bias)
+        return qlora_linear(x, self.weight, *nothing, bias=bias)
 
 
 def _quantized(

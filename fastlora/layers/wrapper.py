@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import LoRALayer
+from .dora import BaseRows, rows_of
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -47,6 +48,7 @@ class LoRAWrapper(LoRALayer):
         TypeError: ``base_layer`` does not say its features.
         ValueError: an argument is out of range; PiSSA and OLoRA, which would have to rewrite the
             base.
+        NotImplementedError: ``use_dora`` over a base without a float weight: its norms could not be read.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class LoRAWrapper(LoRALayer):
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
         adapter_name: str = "default",
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> None:
         features = linear_features(base_layer)
         if features is None:
@@ -69,8 +73,9 @@ class LoRAWrapper(LoRALayer):
         super().__init__(*features)
         self.base_layer = base_layer
         self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
-        )
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype,
+            use_dora, lora_bias,
+        )  # fmt: skip
         self.train(base_layer.training)
 
     @property
@@ -84,6 +89,25 @@ class LoRAWrapper(LoRALayer):
 
     def _base_weight(self) -> None:
         return None
+
+    def _base_rows(self) -> BaseRows:
+        base, weight = self.base_layer, getattr(self.base_layer, "weight", None)
+        shape = (self.out_features, self.in_features)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            if type(base).__name__ == "Conv1D":
+                weight = weight.t()
+            if weight.shape == shape:
+                return rows_of(weight)
+        raise NotImplementedError(
+            f"use_dora: the base is a {type(base).__name__}, whose weight cannot be read as floats {list(shape)}; over a "
+            "4-bit base use fastlora.load_quantized or LoraConfig(quantize='nf4'), or stock peft"
+        )
+
+    def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        own = self._base_bias()
+        y = y if own is None else y - own
+        return y if bias is None else y + bias
 
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype | None]:
         tensors = [*self.base_layer.parameters(), *self.base_layer.buffers()]

@@ -3,6 +3,7 @@
 from .base import PeftConfig
 from .bottleneck import BottleneckConfig, HoulsbyConfig, ParallelConfig, PfeifferConfig
 from .ia3 import IA3Config
+from .initialisation import EvaConfig, LoftQConfig
 from .ln_tuning import LNTuningConfig
 from .lora import LoraConfig
 from .prompt import (
@@ -14,9 +15,11 @@ from .prompt import (
 
 __all__ = [
     "BottleneckConfig",
+    "EvaConfig",
     "HoulsbyConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LoftQConfig",
     "LoraConfig",
     "ParallelConfig",
     "PeftConfig",

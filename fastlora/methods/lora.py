@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..layers.inits import changes_base_weight, check_init
+from ..layers.inits import changes_base_weight, check_init, check_lora_bias
 from .base import PeftConfig, TargetedConfig
 from .checks import (
     check_choice,
@@ -18,17 +20,15 @@ from .checks import (
     check_regex,
     module_names,
 )
+from .initialisation import EvaConfig, LoftQConfig, settings
 
 # Fields of peft 0.21 that fastlora has not: anything but the default is refused.
 _UNSUPPORTED: dict[str, Any] = {
-    "use_dora": False,
-    "lora_bias": False,
     "use_qalora": False,
     "ensure_weight_tying": False,
     "layer_replication": None,
     "alora_invocation_tokens": None,
     "megatron_config": None,
-    "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
     "velora_config": None,
@@ -58,7 +58,11 @@ class LoraConfig(TargetedConfig):
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         modules_to_save: modules (names by their end) that are trained whole and saved with the
             adapter.
-        init_lora_weights: True, False, "gaussian", "pissa", "pissa_niter_<n>" or "olora".
+        use_dora: DoRA (arXiv 2402.09353): the rows of W + s B A get a trained length.
+        lora_bias: the updates have biases of their own; with ``init_lora_weights`` True or False, and not beside DoRA.
+        init_lora_weights: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", "eva" (followed by
+            ``fastlora.initialize_lora_eva_weights``), or with ``quantize`` "loftq".
+        eva_config, loftq_config: settings of the last two, ``fastlora.EvaConfig`` and ``fastlora.LoftQConfig``.
         layers_to_transform, layers_pattern: layer indices, and the name that precedes the index.
         rank_pattern, alpha_pattern: regular expression on the end of a module name -> its own r or
             lora_alpha; the first match wins.
@@ -87,7 +91,6 @@ class LoraConfig(TargetedConfig):
         *PeftConfig.ignored,
         "runtime_config",
         "megatron_core",
-        "loftq_config",
         "qalora_group_size",
     )
     unsupported: ClassVar[Mapping[str, Any]] = _UNSUPPORTED
@@ -106,6 +109,8 @@ class LoraConfig(TargetedConfig):
     bias: str = "none"
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -120,7 +125,6 @@ class LoraConfig(TargetedConfig):
     use_qalora: bool = False
     ensure_weight_tying: bool = False
     megatron_config: Any = None
-    eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
     velora_config: Any = None
@@ -135,17 +139,41 @@ class LoraConfig(TargetedConfig):
         check_finite("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
         check_flag("fan_in_fan_out", self.fan_in_fan_out)
-        check_flag("use_rslora", self.use_rslora)
+        for flag in ("use_rslora", "use_dora", "lora_bias"):
+            check_flag(flag, getattr(self, flag))
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
-        self.init_lora_weights = check_init(self.init_lora_weights)
         check_choice("quantize", self.quantize, (None, "nf4"))
-        if self.quantize and changes_base_weight(self.init_lora_weights):
+        self._check_init()
+        self._check_layers()
+        self._check_patterns()
+        self._check_parts()
+
+    def _check_init(self) -> None:
+        self.init_lora_weights = init = check_init(self.init_lora_weights)
+        check_lora_bias(self.lora_bias, self.use_dora, init)
+        if self.eva_config is not None:
+            self.eva_config = settings("eva_config", self.eva_config, EvaConfig)
+        elif init == "eva":
+            self.eva_config = EvaConfig()
+        if self.eva_config is not None and init != "eva":
+            warnings.warn("eva_config: is for init_lora_weights='eva', not used", stacklevel=4)
+        loftq = settings("loftq_config", self.loftq_config, LoftQConfig)
+        if self.loftq_config and init != "loftq":
+            warnings.warn("loftq_config: is for init_lora_weights='loftq', not used", stacklevel=4)
+        self.loftq_config = dataclasses.asdict(loftq) if init == "loftq" else {}
+        if init == "loftq":
+            if not self.quantize:
+                raise ValueError(
+                    "init_lora_weights: 'loftq' makes up for what quantising takes from a weight; use it with "
+                    "quantize='nf4'"
+                )
+        elif self.quantize and changes_base_weight(init):
             raise ValueError(
                 f"init_lora_weights: {self.init_lora_weights!r} takes its factors out of the base weight, which cannot be "
                 "put back into 4 bits; use True with quantize"
             )
-        self._check_layers()
-        self._check_patterns()
+
+    def _check_parts(self) -> None:
         if self.target_parameters is not None:
             self.target_parameters = module_names("target_parameters", self.target_parameters)
             if self.target_parameters and self.lora_dropout:
@@ -215,5 +243,15 @@ class LoraConfig(TargetedConfig):
                 (check_rank if name == "rank_pattern" else check_finite)(f"{name}[{key!r}]", number)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT stores them; of the fields that fastlora does not have, the two that serving engines look for."""
-        return {**super().to_dict(), "use_dora": self.use_dora, "lora_bias": self.lora_bias}
+        """As PEFT stores them."""
+        values = super().to_dict()
+        if self.eva_config is not None:
+            values["eva_config"] = vars(self.eva_config).copy()
+        return values
+
+    def to_json(self, **changes: Any) -> str:
+        """``adapter_config.json``. LoftQ is not in it: it says how the 4-bit base came about, which is the reader's to
+        give, and a reader that ran it again would change that base once more."""
+        if self.init_lora_weights == "loftq":
+            changes = {"init_lora_weights": True, "loftq_config": {}, **changes}
+        return super().to_json(**changes)

@@ -2,6 +2,7 @@
 
 from .adopt import accelerate, acceleration_report, restore
 from .entry import get_peft_model
+from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .peft_model import PeftModel
 from .quantized import load_quantized
 
@@ -9,7 +10,9 @@ __all__ = [
     "PeftModel",
     "accelerate",
     "acceleration_report",
+    "get_eva_state_dict",
     "get_peft_model",
+    "initialize_lora_eva_weights",
     "load_quantized",
     "restore",
 ]

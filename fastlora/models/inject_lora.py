@@ -175,22 +175,28 @@ class LoraInjection(PartsInjection):
             "use_rslora": config.use_rslora,
             "init_lora_weights": config.init_lora_weights,
             "adapter_dtype": dtype,
+            "use_dora": config.use_dora,
+            "lora_bias": config.lora_bias,
         }
 
     def _layer(self, name: str, module: nn.Module) -> LoRALayer:
+        config = self.config
         if (
-            changes_base_weight(self.config.init_lora_weights)
+            changes_base_weight(config.init_lora_weights)
             and not isinstance(module, nn.Embedding)
             and self._users[id(getattr(module, "weight", None))] > 1
         ):
             raise ValueError(
-                f"init_lora_weights: {self.config.init_lora_weights!r} would change the weight of "
+                f"init_lora_weights: {config.init_lora_weights!r} would change the weight of "
                 f"{name!r}, which another module shares (tied weights); exclude it, or use "
                 "init_lora_weights=True"
             )
         weight = getattr(module, "weight", None)
         settings = {**self._settings(name, weight), "adapter_name": self.adapter_name}
         if name in self._quantized:
+            if config.init_lora_weights == "loftq":
+                assert isinstance(config.loftq_config, dict)
+                settings["loftq_iter"] = config.loftq_config["loftq_iter"]
             return self._in_nf4(module, **settings)
         make = next(make for fits, make in _LAYERS if fits(module))
         return make(module, **settings)

@@ -180,7 +180,8 @@ class PeftModel(Adapters, _Delegate):
     ) -> None:
         """Write every adapter (or those selected) in PEFT's layout; see ``save_adapter``.
 
-        ``state_dict``: values to write instead of the model's own (a gathered one, say). Other
+        ``state_dict``: values to write instead of the model's own (a gathered one, say).
+        ``path_initial_model_for_weight_conversion``: turns PiSSA and OLoRA into plain LoRA. Other
         keywords, which transformers passes to every model, mean nothing for an adapter.
 
         Raises:
@@ -195,17 +196,14 @@ class PeftModel(Adapters, _Delegate):
                 "save_embedding_layers: got True; name the embeddings in "
                 "LoraConfig(modules_to_save=...)"
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise ValueError(
-                "path_initial_model_for_weight_conversion: not supported; use stock peft for the "
-                "conversion"
-            )
         names = list(self._configs) if selected_adapters is None else list(selected_adapters)
         for name in names:
             self._check_known(name)
         if is_main_process:
             for name in names:
-                save_adapter(self, save_directory, name, state_dict=state_dict)
+                save_adapter(
+                    self, save_directory, name, state_dict, path_initial_model_for_weight_conversion
+                )
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, reference
 from .scales import quantize_scales
 
 if TYPE_CHECKING:
@@ -205,6 +206,25 @@ class NF4Tensor(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K] in ``dtype`` (its own): value * absmax in fp32, rounded once, as in bitsandbytes."""
         return ops.dequantize(self.codes, self.scales, self.form, dtype or self.dtype)
+
+    def row_reader(self, dtype: torch.dtype) -> Callable[[slice | Tensor], Tensor]:
+        """A function of a slice or of indices: ``dequantize(dtype)[rows]``, without the other rows where whole blocks make
+        up a row. Scales are made floats once, here."""
+        if self.codes.ndim == 1:  # blocks straddle rows
+            whole = self.dequantize(dtype)
+            return lambda rows: whole[rows]
+        absmax, *nested = self.scales
+        if nested:
+            floats = [t.view(torch.float32) for t in nested]
+            sizes = floats[0], floats[1], floats[2], self.nested_block_size
+            absmax = reference.dequantize_scales(absmax, *sizes)
+
+        def read(rows: slice | Tensor) -> Tensor:
+            codes = self.codes[rows].contiguous()
+            form = self.form._replace(rows=codes.shape[0], nested_block_size=0)
+            return ops.dequantize(codes, (absmax[rows].contiguous(),), form, dtype)
+
+        return read
 
     def requantize(self, weight: Tensor) -> Self:
         """A float ``weight`` [N, K] in this one's form: its block sizes, and its dtype.

@@ -24,7 +24,7 @@ LAYERS = (
     ("functional",),
     ("layers",),
     ("methods",),
-    ("models", "io"),
+    ("models", "io", "optim"),
     ("training",),
     ("cli", "__main__"),
 )

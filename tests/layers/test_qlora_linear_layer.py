@@ -129,8 +129,6 @@ def test_what_would_change_the_base_is_refused():
     for init in ("pissa", "olora"):
         with pytest.raises(ValueError, match="init_lora_weights"):
             layer(init_lora_weights=init)
-    with pytest.raises(NotImplementedError, match="use_dora"):
-        layer(use_dora=True)
     with pytest.raises(TypeError, match="linear: got Conv1d"):
         QLoRALinear.from_linear(nn.Conv1d(4, 4, 1))
     with pytest.raises(TypeError, match="weight: got Tensor"):

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 
-from fastlora import LoraConfig
+from fastlora import EvaConfig, LoftQConfig, LoraConfig
 
 
 def test_fields_and_defaults_are_pefts() -> None:
@@ -37,7 +37,15 @@ def test_fields_and_defaults_are_pefts() -> None:
         ({"lora_dropout": -0.1}, ValueError),
         ({"lora_dropout": None}, ValueError),
         ({"bias": "some"}, ValueError),
-        ({"init_lora_weights": "eva"}, ValueError),
+        ({"init_lora_weights": "mica"}, ValueError),
+        ({"init_lora_weights": "loftq"}, ValueError),
+        ({"lora_bias": True, "use_dora": True}, ValueError),
+        ({"lora_bias": True, "init_lora_weights": "orthogonal"}, ValueError),
+        ({"use_dora": 1}, TypeError),
+        ({"eva_config": {"rho": 0.5}, "init_lora_weights": "eva"}, ValueError),
+        ({"eva_config": {"rhoo": 2}, "init_lora_weights": "eva"}, TypeError),
+        ({"loftq_config": {"loftq_bits": 8}, "quantize": "nf4"}, ValueError),
+        ({"loftq_config": {"loftq_iter": 0}, "quantize": "nf4"}, ValueError),
         ({"task_type": "CHAT"}, ValueError),
         ({"use_rslora": 1}, TypeError),
         ({"target_modules": 3}, TypeError),
@@ -165,12 +173,6 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         LoraConfig.from_pretrained(tmp_path)
 
 
-def test_dora_file_points_to_stock_peft(tmp_path: Path) -> None:
-    peft.LoraConfig(use_dora=True).save_pretrained(tmp_path)
-    with pytest.raises(NotImplementedError, match="use_dora"):
-        LoraConfig.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize(
     "given", [[3, 1], {"embed_tokens": [3, 1], "lm_head": [2]}], ids=["list", "dict"]
 )
@@ -210,3 +212,42 @@ def test_bad_parts_of_modules_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         LoraConfig(**fields)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_dora_and_lora_bias_are_in_the_file(tmp_path: Path, settings: dict[str, bool]) -> None:
+    peft.LoraConfig(**settings).save_pretrained(tmp_path)
+    ours = LoraConfig.from_pretrained(tmp_path)
+    assert {name: getattr(ours, name) for name in settings} == settings
+    values = json.loads(ours.to_json())
+    assert {name: values[name] for name in ("use_dora", "lora_bias")} == {
+        "use_dora": False,
+        "lora_bias": False,
+        **settings,
+    }
+
+
+def test_eva_settings_go_both_ways(tmp_path: Path) -> None:
+    settings = {"rho": 1.5, "tau": 0.9, "whiten": True}
+    theirs = peft.LoraConfig(init_lora_weights="eva", eva_config=peft.EvaConfig(**settings))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = LoraConfig.from_pretrained(tmp_path / "theirs")
+    assert ours.eva_config == EvaConfig(**settings)
+    assert LoraConfig.from_dict(theirs.to_dict()).eva_config == ours.eva_config
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.LoraConfig.from_pretrained(tmp_path / "ours")
+    assert (again.init_lora_weights, again.eva_config) == ("eva", theirs.eva_config)
+    assert LoraConfig(init_lora_weights="eva").eva_config == EvaConfig()
+    with pytest.warns(UserWarning, match="eva_config"):
+        LoraConfig(eva_config=EvaConfig())
+
+
+def test_loftq_is_for_making_the_base_and_not_in_the_file() -> None:
+    config = LoraConfig(
+        init_lora_weights="loftq", quantize="nf4", loftq_config=LoftQConfig(loftq_iter=3)
+    )
+    assert config.loftq_config == {"loftq_bits": 4, "loftq_iter": 3}
+    values = json.loads(config.to_json())
+    assert (values["init_lora_weights"], values["loftq_config"]) == (True, {})
+    with pytest.warns(UserWarning, match="loftq_config"):
+        assert LoraConfig(loftq_config={"loftq_iter": 2}).loftq_config == {}

@@ -111,8 +111,10 @@ def test_a_peft_config_works_too() -> None:
     assert model.peft_config["default"].r == 2
     with pytest.raises(TypeError, match="dict"):
         fastlora.get_peft_model(plain_net(), {"r": 2})
-    with pytest.raises(NotImplementedError, match="use_dora"):
-        fastlora.get_peft_model(plain_net(), peft.LoraConfig(use_dora=True, target_modules=["up"]))
+    with pytest.raises(NotImplementedError, match="use_qalora"):
+        fastlora.get_peft_model(
+            plain_net(), peft.LoraConfig(use_qalora=True, target_modules=["up"])
+        )
 
 
 def broken_weight(model: PlainNet) -> None:
