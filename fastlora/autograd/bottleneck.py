@@ -147,24 +147,27 @@ class BottleneckFunction(torch.autograd.Function):
         need = ctx.needs_input_grad
         dy, dtype = _rows(grad, ctx.dtype), ctx.dtype
         act = ACTIVATIONS[ctx.activation]
-        d_x = d_res = d_down = d_down_bias = d_up = d_up_bias = None
+        d_x = d_res = d_down_bias = g = None
         if need[0] or need[2] or need[3]:
             g = act.backward(_down(dy, up.t()), p)
             if need[0]:
                 w = down.to(dtype)
                 d_x = torch.addmm(dy, g, w) if ctx.around else g @ w
                 d_x = d_x.view(x.shape).to(x.dtype)
-            if need[2]:
-                d_down = _wgrad(g, _rows(x, dtype), ctx.dtypes[0])
             if need[3]:
                 d_down_bias = g.sum(0, dtype=_wide(dtype)).to(ctx.dtypes[3])
         if need[1]:
             shape, kind = ctx.like
             d_res = grad.to(kind).view(shape)
-        if need[4]:
-            d_up = _wgrad(act.forward(p), dy, ctx.dtypes[1]).t()
-        if need[5]:
-            d_up_bias = dy.sum(0, dtype=_wide(dtype)).to(ctx.dtypes[2])
+        d_down, d_up, d_up_bias = _wgrad(
+            _rows(x, dtype) if need[2] else None,
+            g if need[2] else None,
+            dy if need[4] or need[5] else None,
+            act.forward(p) if need[4] else None,
+            ctx.dtypes[0],
+            ctx.dtypes[1],
+            ctx.dtypes[2] if need[5] else None,
+        )
         return d_x, d_res, d_down, d_down_bias, d_up, d_up_bias, None, None, None
 
 
@@ -182,11 +185,31 @@ def _down(x: Tensor, l: Tensor) -> Tensor:
     return ops.down(x, l)[0] if l.shape[0] <= MAX_RANK else x @ l.to(x.dtype).t()
 
 
-def _wgrad(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """g^T x: g [M, r], x [M, K] -> [r, K]."""
-    if g.shape[1] > MAX_RANK:
-        return (g.t() @ x).to(dtype)
-    return ops.wgrad(x, g, None, None, None, dtype, dtype)[0]
+def _wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    a: Tensor | None,
+    dtype_down: torch.dtype,
+    dtype_up: torch.dtype,
+    dtype_bias: torch.dtype | None,
+) -> list[Tensor | None]:
+    """g^T x [r, K], dy^T a [N, r] and sum_m dy [N], each None where its inputs (or its dtype) are."""
+    like, skinny = x if x is not None else dy, g if g is not None else a
+    if like is None:
+        return [None, None, None]
+    if skinny is not None and skinny.shape[1] > MAX_RANK:
+        bias = None
+        if dy is not None and dtype_bias is not None:
+            bias = dy.sum(0, dtype=_wide(dy.dtype)).to(dtype_bias)
+        return [
+            None if x is None or g is None else (g.t() @ x).to(dtype_down),
+            None if dy is None or a is None else (dy.t() @ a).to(dtype_up),
+            bias,
+        ]
+    made = ops.wgrad(x, g, dy, a, None, dtype_down, dtype_up, dtype_bias)
+    given = (x is not None, a is not None, dtype_bias is not None)
+    return [value if there else None for value, there in zip(made, given, strict=True)]
 
 
 def _with_bias(a: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
