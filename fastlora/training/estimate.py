@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -109,12 +108,9 @@ def estimate(
     peak_rate = None if gpu is None else _named_rate(gpu, dtype)
 
     method = method_of(config)
-    model = _on_meta(config, method, dtype)
-    prepare_model(model, config, None)
     blocks = _blocks(config)
+    lm = enter_on_meta(config, method, dtype)
     with base.quiet_transformers(), torch.random.fork_rng(devices=[]):
-        trained = method.enter(model, torch.device("meta"), lambda text: None)
-        lm = base.CausalLM(trained.train(), model)
         weights, optimizer, step = _run_step(lm, config, method.cast_to(dtype))
     peak = step.peak + CUBLAS_BYTES
     reserved = round(peak * (1 + HOLES))
@@ -131,16 +127,16 @@ def estimate(
         source = f"{OF_GEMM:.0%} of {product / 1e12:.3g} TFLOP/s, measured on {here.type}"
     seconds = None if rate is None else step.flops / rate
     steps = None if blocks is None else planned_steps(config, blocks)
-    count, total = method.count(trained)
+    count, total = method.count(lm.model)
     return Estimate(
         method=config.method,
-        rank=method.rank(trained),
+        rank=method.rank(lm.model),
         dtype=str(dtype).removeprefix("torch."),
         batch_size=config.batch_size,
         seq_length=config.seq_length,
         trained_parameters=count,
         total_parameters=total,
-        saved_bytes=method.saved_bytes(trained, dtype),
+        saved_bytes=method.saved_bytes(lm.model, dtype),
         weights_bytes=weights,
         optimizer_bytes=optimizer,
         peak_allocated_bytes=peak,
@@ -157,8 +153,8 @@ def estimate(
     )
 
 
-def _on_meta(config: FinetuneConfig, method: Method, dtype: torch.dtype) -> Any:
-    """The base as the run would load it, without memory."""
+def enter_on_meta(config: FinetuneConfig, method: Method, dtype: torch.dtype) -> base.CausalLM:
+    """The model to train, without memory. ``InputError`` for a model that cannot be trained so."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory, gguf = base.locate(config.model)
@@ -179,7 +175,10 @@ def _on_meta(config: FinetuneConfig, method: Method, dtype: torch.dtype) -> Any:
         raise InputError(
             f"--model {config.model} is no causal language model: {type(error).__name__}: {error}"
         ) from error
-    return model.requires_grad_(False)
+    prepare_model(model.requires_grad_(False), config, None)
+    with base.quiet_transformers(), torch.random.fork_rng(devices=[]):
+        trained = method.enter(model, torch.device("meta"), lambda text: None)
+    return base.CausalLM(trained.train(), model)
 
 
 def _blocks(config: FinetuneConfig) -> int | None:

@@ -41,8 +41,12 @@ class Method:
         """What autocast makes of products in a run that computes in ``dtype``; None: the model is in that dtype."""
         return None
 
+    def check_base(self) -> None:
+        """``InputError`` where ``--model`` is none that this method takes; reads no weights."""
+
     def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The base, frozen. ``InputError`` where there is none that this method takes."""
+        """The base, frozen. Raises ``InputError``."""
+        self.check_base()
         return base.load_model(self.config.model, self.stored_as(dtype), device)
 
     def enter(self, model: Any, device: torch.device, say: Callable[[str], None]) -> Any:
@@ -136,14 +140,13 @@ class Full(Method):
     def cast_to(self, dtype: torch.dtype) -> torch.dtype | None:
         return None if dtype == torch.float32 else dtype
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
+    def check_base(self) -> None:
         how = base.quantization(self.config.model)
         if how is not None:
             raise InputError(
                 f"--method full: --model {self.config.model} is quantised ({how}), and such weights cannot be trained; "
                 "give the original model, or --method qlora"
             )
-        return super().load(dtype, device)
 
     def enter(self, model: Any, device: torch.device, say: Callable[[str], None]) -> Any:
         return model.to(device).requires_grad_(True)
