@@ -11,7 +11,7 @@ import typer
 from ..training.config import FinetuneConfig
 from ..training.errors import InputError
 from .app import told_errors
-from .finetune import chosen_share, finetune_command
+from .finetune import chosen_share, finetune_command, refuse_useless
 from .options import borrow, on_the_command_line
 
 if TYPE_CHECKING:
@@ -55,9 +55,11 @@ def estimate_command(
         if options["model"] is None:
             raise InputError("--model is missing")
         options["data"] = options["data"] or ""
+        config = FinetuneConfig(**options)
+        refuse_useless(config, given)
         from ..training.estimate import estimate
 
-        made = estimate(FinetuneConfig(**options), card, gpu, tokens_per_second)
+        made = estimate(config, card, gpu, tokens_per_second)
         if as_json:
             typer.echo(json.dumps(dataclasses.asdict(made)))
         else:

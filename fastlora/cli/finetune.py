@@ -267,11 +267,16 @@ def finetune_command(
         options["trainable_share"] = chosen_share(trainable_share, given)
         config = _resumed(output, options, given) if resume else _fresh(options)
         config.validate()
-        if config.method == "full" and (useless := sorted(given & ADAPTER_OPTIONS)):
-            raise InputError(f"--method full has no adapter, so no {option(useless[0])}")
+        refuse_useless(config, given)
         from ..training import finetune
 
         finetune(config, resume=resume, overwrite=overwrite)
+
+
+def refuse_useless(config: FinetuneConfig, given: set[str]) -> None:
+    """``InputError`` for an option of adapters where there is none."""
+    if config.method == "full" and (useless := sorted(given & ADAPTER_OPTIONS)):
+        raise InputError(f"--method full has no adapter, so no {option(useless[0])}")
 
 
 def chosen_share(text: str | None, given: set[str]) -> float | None:

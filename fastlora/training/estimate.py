@@ -211,8 +211,8 @@ def _run_step(
         state = step.now - weights
         batch = Batch(*(torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(3)))
         for _ in range(config.grad_accumulation):
-            loss = summed_loss(lm, batch, torch.device("meta"))
-            kernels.end_forward()
+            with kernels.forward():
+                loss = summed_loss(lm, batch, torch.device("meta"))
             backward(loss)
             del loss
     return weights, state, step

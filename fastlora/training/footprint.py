@@ -7,9 +7,10 @@ the memory of every tensor that is made until it is freed, as the GPU's allocato
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,15 +30,17 @@ _own = torch.ops.fastlora
 
 
 class Footprint(TorchDispatchMode):
-    """Bytes that tensors on the meta device hold now and held at most, and floating-point operations so far.
+    """Bytes that tensors hold now and held at most, and floating-point operations so far.
 
     Args:
+        device: the type of device whose memory is followed.
         one_document: what a question about values is answered that decides on memory: whether every row of a batch is one
             document, so that attention needs no mask beside the causal one.
     """
 
-    def __init__(self, one_document: bool = True) -> None:
+    def __init__(self, device: str = "meta", one_document: bool = True) -> None:
         super().__init__()
+        self._device = device
         self.now = self.peak = self.flops = 0
         self._one_document = one_document
         self._sizes: dict[int, int] = {}
@@ -47,7 +50,7 @@ class Footprint(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if not tensor.is_meta or key in self._sizes:
+            if tensor.device.type != self._device or key in self._sizes:
                 continue
             self._sizes[key] = size = -(-storage.nbytes() // _BLOCK) * _BLOCK
             self.now += size
@@ -120,7 +123,7 @@ class GpuKernels(TorchFunctionMode):
     def __init__(self, footprint: Footprint, cast_to: torch.dtype | None = None) -> None:
         super().__init__()
         self._footprint, self._cast_to = footprint, cast_to
-        self._casts: dict[int, Tensor] = {}  # autocast casts a weight once a forward
+        self._casts: dict[int, Tensor] | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -136,15 +139,20 @@ class GpuKernels(TorchFunctionMode):
     def _cast(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
-        if not value.is_leaf or not value.requires_grad:
+        if self._casts is None or not value.is_leaf or not value.requires_grad:
             return value.to(self._cast_to)
         if id(value) not in self._casts:
             self._casts[id(value)] = value.to(self._cast_to)
         return self._casts[id(value)]
 
-    def end_forward(self) -> None:
-        """Leave autocast: its casts live on where backward needs them."""
-        self._casts.clear()
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """A forward, which autocasts a weight once; after it casts live on where backward needs them."""
+        self._casts = {}
+        try:
+            yield
+        finally:
+            self._casts = None
 
     def _attention(
         self,

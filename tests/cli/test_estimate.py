@@ -12,7 +12,14 @@ import torch
 import fastlora
 from examples import memory
 from fastlora.training import FinetuneConfig, InputError
-from fastlora.training.estimate import OF_GEMM, OF_PEAK, PEAK_FLOPS, Estimate, estimate
+from fastlora.training.estimate import (
+    CUBLAS_BYTES,
+    OF_GEMM,
+    OF_PEAK,
+    PEAK_FLOPS,
+    Estimate,
+    estimate,
+)
 from fastlora.training.footprint import Footprint, GpuKernels, backward
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -182,6 +189,51 @@ def test_memory_grows_as_it_must(model_dir: Path) -> None:
     assert accumulated.step_seconds == pytest.approx(2 * tiny(model_dir, "full").step_seconds)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_full_step_holds_what_it_holds_on_a_cpu(
+    dtype: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    """Where nothing is fastlora's: attention, autocast and AdamW as they are, against how they are modelled."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fastlora.training import base
+    from fastlora.training.loop import adamw, summed_loss
+    from fastlora.training.methods import method_of
+    from fastlora.training.packing import Batch
+    from fastlora.training.run import prepare_model
+
+    folder = config_of(memory.Shape(256, 688, 4, 8, 4, 1000), tmp_path)
+    config = run(
+        folder,
+        "full",
+        batch_size=4,
+        seq_length=256,
+        dtype=dtype,
+        packing=False,
+        gradient_checkpointing=checkpointing,
+    )
+    made = estimate(config, tokens_per_second=1.0)
+    method, cpu = method_of(config), torch.device("cpu")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    prepare_model(model, config, None)
+    lm = base.CausalLM(
+        method.enter(model, cpu, print).train(), model, method.cast_to(base.DTYPES[dtype])
+    )
+    real = Footprint("cpu")
+    real.hold([*model.parameters(), *model.buffers()])
+    optimizer = adamw(list(model.parameters()), config, foreach=True)
+    with real:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        ids = torch.randint(0, 1000, (4, 256))
+        batch = Batch(ids, ids, torch.arange(256).expand(4, -1))
+        summed_loss(lm, batch, cpu).backward()
+    assert made.peak_allocated_bytes - CUBLAS_BYTES == pytest.approx(real.peak, rel=0.002)
+
+
 def test_attention_never_is_a_matrix_but_its_mask_is(tmp_path: Path) -> None:
     shape = memory.Shape(64, 64, 1, 4, 4, 64)
     model = config_of(shape, tmp_path, max_position_embeddings=1 << 16)
@@ -266,6 +318,7 @@ def test_what_cannot_be_estimated(fastlora_cli: Any, model_dir: Path, tmp_path: 
         (("--model", model_dir, "--target-modules", "x_proj"), "no module x_proj"),
         (("--model", model_dir, "--r", 8, "--trainable-share", "1%"), "exclude each other"),
         (("--model", model_dir, "--method", "magic"), "--method 'magic'"),
+        (("--model", model_dir, "--method", "full", "--r", 8), "so no --r"),
     ):
         fitting = () if "--seq-length" in arguments else ("--seq-length", 64)
         result = fastlora_cli("estimate", *fitting, *arguments)
