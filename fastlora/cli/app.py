@@ -73,12 +73,16 @@ def doctor() -> None:
 
 def _register() -> None:
     from .bench import bench_app
+    from .compare import compare_command
+    from .estimate import estimate_command
     from .finetune import finetune_command
     from .generate import generate_command
     from .merge import merge_command
     from .quantize import quantize_command
 
     app.command("finetune")(finetune_command)
+    app.command("compare")(compare_command)
+    app.command("estimate")(estimate_command)
     app.command("generate")(generate_command)
     app.command("merge")(merge_command)
     app.command("quantize")(quantize_command)

@@ -8,9 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ..training.config import BACKENDS, DTYPES, LOSS_ON, METHODS, SCHEDULES, FinetuneConfig
+from ..training.config import (
+    ADAPTER_OPTIONS,
+    BACKENDS,
+    DTYPES,
+    LOSS_ON,
+    METHODS,
+    SCHEDULES,
+    FinetuneConfig,
+    option,
+)
 from ..training.errors import InputError
 from .app import told_errors
+from .options import on_the_command_line
 
 _ADAPTER, _DATA, _TRAINING, _MACHINE = "Adapter", "Data", "Training", "Machine and files"
 
@@ -42,7 +52,7 @@ def finetune_command(
             "--output",
             "-o",
             group=_DATA,
-            help="Directory for the adapter, checkpoints, log and curve.",
+            help="Directory for the adapter (or model), checkpoints, log and curve.",
         ),
     ] = FinetuneConfig.output,
     eval_data: Annotated[
@@ -80,7 +90,12 @@ def finetune_command(
         int, _option("--seq-length", group=_DATA, help="Tokens in a block.")
     ] = FinetuneConfig.seq_length,
     method: Annotated[
-        str, _option("--method", group=_ADAPTER, help=f"{' or '.join(METHODS)}.")
+        str,
+        _option(
+            "--method",
+            group=_ADAPTER,
+            help=f"{', '.join(METHODS)} (which trains all weights, without an adapter).",
+        ),
     ] = FinetuneConfig.method,
     r: Annotated[
         int, _option("--r", "--rank", "-r", group=_ADAPTER, help="Rank.")
@@ -239,34 +254,35 @@ def finetune_command(
 ) -> None:
     """Fine-tune a local causal language model on text or JSONL.
 
-    Prints held-out perplexity before and after, and leaves the adapter (PEFT's layout), checkpoints
+    Prints held-out perplexity before and after, and leaves the adapter (PEFT's layout) or the model, checkpoints
     to --resume from, a loss curve and a JSON log in --output.
     """
     options = dict(context.params)
     for flag in ("resume", "overwrite", "debug"):
         options.pop(flag)
-    given = {name for name in options if _on_the_command_line(context, name)}
+    given = {name for name in options if on_the_command_line(context, name)}
     with told_errors(debug):
         if resume and overwrite:
             raise InputError("--resume and --overwrite exclude each other")
-        if {"r", "trainable_share"} <= given:
-            raise InputError("--r and --trainable-share exclude each other")
-        options["trainable_share"] = _share(trainable_share)
+        options["trainable_share"] = chosen_share(trainable_share, given)
         config = _resumed(output, options, given) if resume else _fresh(options)
         config.validate()
+        refuse_useless(config, given)
         from ..training import finetune
 
         finetune(config, resume=resume, overwrite=overwrite)
 
 
-def _on_the_command_line(context: typer.Context, name: str) -> bool:
-    # By name: which click holds the enum, typer's own or the package, depends on the version.
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def refuse_useless(config: FinetuneConfig, given: set[str]) -> None:
+    """``InputError`` for an option of adapters where there is none."""
+    if config.method == "full" and (useless := sorted(given & ADAPTER_OPTIONS)):
+        raise InputError(f"--method full has no adapter, so no {option(useless[0])}")
 
 
-def _share(text: str | None) -> float | None:
-    """ "1%" or "0.01" as a number."""
+def chosen_share(text: str | None, given: set[str]) -> float | None:
+    """--trainable-share, "1%" or "0.01", as a number, where --r is not given too."""
+    if {"r", "trainable_share"} <= given:
+        raise InputError("--r and --trainable-share exclude each other")
     if text is None:
         return None
     try:

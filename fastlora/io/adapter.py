@@ -16,6 +16,7 @@ An adapter that is not called "default" lives in a sub-folder of its name.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -108,6 +109,34 @@ def save_adapter(
             ),
         }
     )
+
+
+def adapter_size(model: PeftModel, adapter_name: str = "default") -> int:
+    """Bytes of the ``adapter_model.safetensors`` that ``save_adapter`` would write; the model may be on the meta device."""
+    return safetensors_size({key: e.tensor for key, e in _entries(model, adapter_name).items()})
+
+
+def safetensors_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a safetensors file: the header's length, the header in whole words, the values."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        kind = _SAFETENSORS.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.").upper()
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
+
+
+_SAFETENSORS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 
 
 def load_adapter(

@@ -34,8 +34,15 @@ def _fuses(like: Tensor, rank: int, fit: Callable[[], support.Fit]) -> bool:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether the choice can be made before the op is called, which saves a way through Python: x has data."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether the choice can be made before the op is called, which saves a way through Python: x has data.
+
+    On the meta device it has none: the op's fake gives the shapes, and nothing is made that a kernel would not make.
+    """
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _makes_dx(

@@ -1,6 +1,7 @@
 """Fine-tuning as the command line runs it: data, packing, the loop, checkpoints, reports.
 
-``finetune(FinetuneConfig(model=..., data=...))`` is what ``fastlora finetune`` calls.
+``finetune(FinetuneConfig(model=..., data=...))`` is what ``fastlora finetune`` calls. ``fastlora estimate`` and ``compare`` are
+``fastlora.training.estimate.estimate`` and ``fastlora.training.compare.compare``.
 """
 
 from __future__ import annotations

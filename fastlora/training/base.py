@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 import os
 import warnings
@@ -89,6 +90,29 @@ def fingerprint(model: str) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in files}
 
 
+def quantization(model: str) -> str | None:
+    """How the weights in a ``--model`` directory are quantised, by its config.json; None: they are floats.
+
+    A .gguf file's are made floats when it is loaded.
+    """
+    directory, gguf = locate(model)
+    if gguf is not None:
+        return None
+    how = read_config(directory).get("quantization_config")
+    return str(how.get("quant_method", "in some way")) if isinstance(how, dict) else None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a model."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {directory}: its config.json cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"--model {directory}: its config.json holds no JSON object")
+    return config
+
+
 def load_tokenizer(model: str) -> Any:
     """The tokenizer beside (or inside) the model."""
     from transformers import AutoTokenizer
@@ -155,9 +179,9 @@ class CausalLM:
     Whether ``forward`` takes ``position_ids`` and ``use_cache`` differs; this looks once.
     """
 
-    def __init__(self, model: Any, base: Any) -> None:
-        """``model`` is called; ``base``, the model it wraps, tells the signature."""
-        self.model = model
+    def __init__(self, model: Any, base: Any, cast_to: torch.dtype | None = None) -> None:
+        """``model`` is called, under autocast to ``cast_to`` if given; ``base``, the model it wraps, tells the signature."""
+        self.model, self.cast_to = model, cast_to
         self.vocabulary = int(base.get_input_embeddings().weight.shape[0])
         accepted = inspect.signature(base.forward).parameters
         self.takes_positions = "position_ids" in accepted
@@ -165,9 +189,15 @@ class CausalLM:
         self.fixed = {"use_cache": False} if "use_cache" in accepted else {}
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [B, S] twice -> [B, S, V] in the model's dtype."""
+        """int64 [B, S] twice -> [B, S, V] in the dtype that the model computes in."""
         positions = {"position_ids": position_ids} if self.takes_positions else {}
-        return self.model(input_ids=input_ids, **positions, **self.fixed).logits
+        with self._casting(input_ids.device):
+            return self.model(input_ids=input_ids, **positions, **self.fixed).logits
+
+    def _casting(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.cast_to is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.cast_to)
 
 
 @torch.no_grad()

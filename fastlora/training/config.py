@@ -10,7 +10,8 @@ from typing import Any
 
 from .errors import InputError
 
-METHODS = ("lora", "rslora", "qlora")
+METHODS = ("lora", "rslora", "qlora", "full")
+ADAPTER_OPTIONS = frozenset({"r", "trainable_share", "alpha", "dropout", "target_modules"})
 LOSS_ON = ("answer", "all")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", "cuda", "triton", "torch")
@@ -37,8 +38,9 @@ class FinetuneConfig:
 
     ``model`` is a transformers directory or a .gguf file, ``data`` a .txt or .jsonl file. The run
     ends at the first of ``epochs``, ``max_steps`` and ``max_minutes`` (training time, evaluation
-    before and after apart). ``target_modules`` is ``"all-linear"``, module names split by commas,
-    or ``"regex:..."``. ``watch`` is general text (.txt or .jsonl) whose perplexity is reported beside the held-out data's: what
+    before and after apart). ``method`` is ``"lora"``, ``"rslora"``, ``"qlora"``, or ``"full"``, which trains all weights in
+    fp32 and has no use for ``r``, ``trainable_share``, ``alpha``, ``dropout`` and ``target_modules``: ``"all-linear"``, module
+    names split by commas, or ``"regex:..."``. ``watch`` is general text (.txt or .jsonl) whose perplexity is reported beside the held-out data's: what
     the model forgets. ``trainable_share`` replaces ``r`` by the largest rank that trains no more than that share.
     ``unfreeze_over``: share of the run over which layers begin to train one by one, from the output down.
     """
@@ -127,6 +129,10 @@ class FinetuneConfig:
         if self.trainable_share is not None and not 0.0 < self.trainable_share < 1.0:
             raise InputError(
                 f"--trainable-share {self.trainable_share:g} must be above 0 and below 1 (1% is 0.01)"
+            )
+        if self.trainable_share is not None and self.method == "full":
+            raise InputError(
+                "--trainable-share chooses a rank, which --method full does not have: leave one out"
             )
         if self.eval_data is None and self.eval_fraction == 0.0:
             raise InputError(

@@ -101,6 +101,33 @@ def mean_loss(
     return total / targets
 
 
+def adamw(
+    parameters: list[torch.nn.Parameter], config: FinetuneConfig, foreach: bool | None = None
+) -> torch.optim.AdamW:
+    """The run's optimizer; ``foreach`` as torch has it. Biases and norms are not decayed."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in parameters if p.ndim > 1],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        foreach=foreach,
+    )
+
+
+def planned_steps(config: FinetuneConfig, blocks: int) -> int:
+    """Optimizer steps of a run over so many blocks, where no clock ends it."""
+    steps = max(1, math.ceil(config.epochs * _batch_order(config, blocks).steps_per_epoch))
+    return min(steps, config.max_steps or steps)
+
+
+def _batch_order(config: FinetuneConfig, blocks: int) -> BatchOrder:
+    return BatchOrder(blocks, config.batch_size * config.grad_accumulation, config.seed)
+
+
 class Trainer:
     """AdamW on one model's trainable parameters; counts its ``step``, ``seconds``, ``tokens``."""
 
@@ -122,24 +149,12 @@ class Trainer:
         self.parameters = {name: p for name, p in lm.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise InputError("nothing to train: the adapter has no trainable parameter")
-        # Biases and norms are not decayed.
-        decayed = [p for p in self.parameters.values() if p.ndim > 1]
-        plain = [p for p in self.parameters.values() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-        )
+        self.optimizer = adamw(list(self.parameters.values()), config)
         self.unfreezing = Unfreezing(self.parameters, config.unfreeze_over)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.order = BatchOrder(
-            len(blocks), config.batch_size * config.grad_accumulation, config.seed
-        )
-        steps = max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
+        self.order = _batch_order(config, len(blocks))
         self.horizon = Horizon(
-            min(steps, config.max_steps or steps),
+            planned_steps(config, len(blocks)),
             config.max_minutes * 60 if config.max_minutes else None,
         )
         # On a GPU torch takes a mere warning for leave to run attention's usual backward.

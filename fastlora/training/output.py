@@ -28,6 +28,7 @@ class OutputDirectory:
         self.curve = self.path / "loss_curve.png"
         self.summary = self.path / "summary.json"
         self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
         self.checkpoints = self.path / "checkpoints"
 
     def check_free(self, overwrite: bool) -> None:

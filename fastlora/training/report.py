@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -46,14 +47,7 @@ class RunLog:
 
     def resume(self, step: int) -> None:
         """Take over an earlier run's lines up to ``step``; what came later happens again."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the line that a kill cut short
-            if entry["step"] <= step:
-                self.entries.append(entry)
+        self.entries += [entry for entry in read_log(self.path) if entry["step"] <= step]
         data = "".join(json_line(entry) + "\n" for entry in self.entries).encode()
         replace_file(self.path, data)
         self._size = len(data)
@@ -78,6 +72,15 @@ class RunLog:
                 os.fsync(file.fileno())
 
 
+def read_log(path: Path) -> list[Entry]:
+    """The entries of a run's log, none where there is no log."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # the line that a kill cut short
+            entries.append(json.loads(line))
+    return entries
+
+
 def smooth(values: list[float], share: float = SMOOTHING_SHARE) -> list[float]:
     """Exponential moving average over about ``share`` of the values, corrected for its start."""
     keep = 1.0 - 1.0 / max(1.0, share * len(values))
@@ -92,7 +95,6 @@ def smooth(values: list[float], share: float = SMOOTHING_SHARE) -> list[float]:
 
 def plot_curve(entries: list[Entry], path: Path, title: str) -> None:
     """Training loss, its smoothed course, and the held-out points, as a PNG. Needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -133,6 +135,40 @@ def plot_curve(entries: list[Entry], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     if train or evaluated:
         axes.legend()
+    _write_png(figure, path)
+
+
+def plot_comparison(logs: dict[str, list[Entry]], path: Path) -> None:
+    """Runs of several methods in one picture: smoothed training loss and held-out loss, and beside them the watched loss."""
+    from matplotlib.figure import Figure
+
+    watched = any(entry.get("watch_loss") is not None for log in logs.values() for entry in log)
+    figure = Figure(figsize=(12 if watched else 8, 4.5), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
+    keys = ("eval_loss", "watch_loss")
+    titles = ("task: held-out loss, and training loss smoothed", "general text (--watch)")
+    for axes, key, title in zip(panels, keys, titles, strict=False):
+        for i, (method, log) in enumerate(logs.items()):
+            colour = f"C{i}"
+            train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+            if key == "eval_loss" and train:
+                steps, losses = zip(*train, strict=True)
+                axes.plot(steps, smooth(list(losses)), color=colour, alpha=0.4)
+            points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o--", color=colour, label=method)
+        axes.set_title(title)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss per token (nats)")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    _write_png(figure, path)
+
+
+def _write_png(figure: Any, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     building = path.with_name(f".{path.name}.building.png")
     try:
         FigureCanvasAgg(figure).print_png(building)

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..methods import LoraConfig
-from ..methods.budget import rank_for_share
-from ..models import PeftModel, get_peft_model
 from ..ops import backend as backend_of_choice
 from . import base
 from .blocks import Data, prepare_data
 from .config import FinetuneConfig
 from .display import Display
 from .errors import InputError, RunError
+from .methods import method_of
 from .output import OutputDirectory, run_facts
 from .sample import encode_prompt
 from .session import Session, Summary
@@ -93,36 +90,34 @@ def _run(
     if config.sample_prompt is not None:
         encode_prompt(config.sample_prompt, tokenizer, chat=False)
     data = prepare_data(config, tokenizer, display)
-    dtype = base.pick_dtype(config.dtype, device)
+    dtype, method = base.pick_dtype(config.dtype, device), method_of(config)
     display.say(
         f"data: {data.training_tokens:,} tokens in {len(data.training)} blocks to train on, "
         f"{data.held_out_tokens:,} in {len(data.held_out)} held out"
     )
     display.say(
         f"model: {config.model} in {str(dtype).removeprefix('torch.')} on {device}, "
-        f"{config.method} {_rank(config)} alpha={config.alpha:g} on {config.target_modules}"
+        f"{method.describe()}"
     )
     _seed(config.seed)
-    # What is quantised is loaded on the CPU: in full precision it need not fit on the GPU.
-    first = torch.device("cpu") if config.method == "qlora" else device
-    model = base.load_model(config.model, dtype, first)
-    lm = base.CausalLM(_adapt(model, config, data, device, display), model)
+    model = method.load(dtype, device)
+    prepare_model(model, config, data)
+    _seed(config.seed)  # loading may draw; the adapter's initial values depend on the seed alone
+    lm = base.CausalLM(method.enter(model, device, display.say), model, method.cast_to(dtype))
     if data.shares_blocks and not base.keeps_documents_apart(lm, device):
         display.warn(
             f"{type(model).__name__} lets the documents packed into a block see those before them; "
             "--no-packing trains each by itself"
         )
     out.claim(facts, resume)
-    return Session(config, device, dtype, display, out, tokenizer, data, lm).go(resume)
+    return Session(config, device, dtype, display, out, tokenizer, data, lm, method).go(resume)
 
 
-def _adapt(
-    model: Any, config: FinetuneConfig, data: Data, device: torch.device, display: Display
-) -> PeftModel:
-    """Check that data and options fit the model, and add the adapter, on ``device``."""
+def prepare_model(model: Any, config: FinetuneConfig, data: Data | None) -> None:
+    """Check that data and options fit the model, and switch on the checkpointing that they ask for."""
     name = type(model).__name__
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    if data.largest_id >= vocabulary:
+    if data is not None and data.largest_id >= vocabulary:
         raise InputError(
             f"the tokenizer gives id {data.largest_id} but the model knows {vocabulary} tokens: they do not belong together"
         )
@@ -138,54 +133,6 @@ def _adapt(
             model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
-    _seed(config.seed)  # loading may draw; the adapter's initial values depend on the seed alone
-    try:
-        lora = LoraConfig(
-            r=config.r,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=_target_modules(config.target_modules, model),
-            use_rslora=config.method == "rslora",
-            quantize="nf4" if config.method == "qlora" else None,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=str(Path(config.model).resolve()),
-        )
-        if config.trainable_share is not None:
-            lora.r = rank_for_share(model, lora, config.trainable_share)
-            display.say(f"rank {lora.r} trains at most {config.trainable_share:.2%} of the model")
-        adapted = get_peft_model(model, lora, device=device)
-    except (ValueError, NotImplementedError) as error:
-        raise InputError(f"the adapter cannot be added to {config.model}: {error}") from error
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # an optimizer's small steps vanish in 16 bits
-    return adapted
-
-
-def _rank(config: FinetuneConfig) -> str:
-    if config.trainable_share is None:
-        return f"r={config.r}"
-    return f"r for {config.trainable_share:.2%}"
-
-
-def _target_modules(wanted: str, model: torch.nn.Module) -> str | list[str]:
-    """``--target-modules`` as LoraConfig takes it; every name must exist: no typo is ignored."""
-    if wanted == "all-linear":
-        return wanted
-    if wanted.startswith("regex:"):
-        return wanted.removeprefix("regex:")
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    modules = dict(model.named_modules())
-    unknown = [n for n in names if not any(m == n or m.endswith(f".{n}") for m in modules)]
-    if unknown:
-        linears = {
-            name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, torch.nn.Linear)
-        }
-        raise InputError(
-            f"--target-modules: the model has no module {', '.join(unknown)}; its linear layers are "
-            f"{', '.join(sorted(linears))} (or give all-linear, or regex:PATTERN)"
-        )
-    return names
 
 
 def _seed(seed: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from ..io import save_adapter
 from ..io.checkpoint import latest_checkpoint
 from .base import CausalLM
 from .blocks import Data
@@ -20,6 +19,7 @@ from .config import FinetuneConfig
 from .display import Display, clock, peak_memory
 from .errors import RunError
 from .loop import SAVED, StopRequest, Trainer, mean_loss
+from .methods import Method
 from .output import OutputDirectory
 from .packing import Block
 from .report import RunLog, plot_curve, write_json
@@ -31,7 +31,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @dataclass(frozen=True)
 class Summary:
     """A finished run, as in ``summary.json``. Perplexities are per token, on held-out text; the watched ones on the general
-    text of ``--watch``, None without it."""
+    text of ``--watch``, None without it. What was trained lies in the folder ``adapter``, or with method "full" in ``model``; the other
+    is None."""
 
     perplexity_before: float
     perplexity_after: float
@@ -48,7 +49,8 @@ class Summary:
     held_out_tokens: int
     device: str
     dtype: str
-    adapter: str
+    adapter: str | None
+    model: str | None
     curve: str
     log: str
     sample_before: str | None
@@ -75,16 +77,18 @@ class Session:
         tokenizer: Any,
         data: Data,
         lm: CausalLM,
+        method: Method,
     ) -> None:
         self.config, self.device, self.dtype, self.display = config, device, dtype, display
         self.out, self.tokenizer, self.data, self.lm = out, tokenizer, data, lm
+        self.method = method
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.stop = StopRequest()
         self.log = RunLog(out.log)
         self.trainer = Trainer(
             lm, data.training, config, device, dtype, self.pad_id, self.log, display, self.stop
         )
-        self.trained, self.total = lm.model.get_nb_trainable_parameters()
+        self.trained, self.total = method.count(lm.model)
         self.before = Losses(math.nan, None)
         self.sample_before: str | None = None
         self.exported_step = -1
@@ -182,14 +186,14 @@ class Session:
         return generate(self.lm.model, self.tokenizer, ids, sampling)
 
     def _save(self, final: bool = False) -> None:
-        """Checkpoint and adapter of this step. Before the end, a full disk stops nothing."""
+        """Checkpoint and adapter (or model) of this step. Before the end, a full disk stops nothing."""
         step = self.trainer.step
         try:
             if self.trainer.saved_step != step:
                 extra = {"losses_before": list(self.before), "sample_before": self.sample_before}
                 self.trainer.save(self.out.checkpoints, extra)
             if self.exported_step != step:
-                save_adapter(self.lm.model, self.out.adapter)
+                self.method.save(self.lm.model, self.out, self.tokenizer, self.dtype)
                 self.exported_step = step
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) in _DISK_FULL or "os error 28" in str(error)
@@ -212,7 +216,7 @@ class Session:
 
     def _finish(self) -> Summary:
         before, after = self.before, self._evaluate("after training")
-        trainer, out = self.trainer, self.out
+        trainer, out, result = self.trainer, self.out, self.method.result(self.out)
         summary = Summary(
             perplexity_before=_perplexity(before.held_out),
             perplexity_after=_perplexity(after.held_out),
@@ -231,7 +235,8 @@ class Session:
             if self.device.type == "cuda"
             else str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            adapter=str(out.adapter),
+            adapter=str(result) if result == out.adapter else None,
+            model=str(result) if result == out.model else None,
             curve=str(out.curve),
             log=str(out.log),
             sample_before=self.sample_before,
@@ -249,7 +254,7 @@ class Session:
                 f"\nsample before: {prompt}{summary.sample_before}\n\nsample after: {prompt}{summary.sample_after}\n"
             )
         write_json(out.summary, dataclasses.asdict(summary))
-        say(f"adapter: {summary.adapter}\ncurve:   {summary.curve}\nlog:     {summary.log}")
+        say(f"{result.name + ':':<8} {result}\ncurve:   {summary.curve}\nlog:     {summary.log}")
         return summary
 
     def _plot(self) -> None:
