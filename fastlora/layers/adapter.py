@@ -52,6 +52,7 @@ class AdapterLayer(nn.Module):
     # Whether keys in the file begin with the module's name.
     names_in_file: ClassVar[bool] = True
     saved_as: str = ""  # the layer's own name in a file where that is not PEFT's
+    mixed: Any = None  # the MixedBatch of the forward that is going on, if it is one
 
     def __init__(self) -> None:
         super().__init__()

@@ -333,6 +333,13 @@ class LoRALayer(AdapterLayer):
             y = scale_columns(y + update, magnitude, self._row_norms(name), rest)
         return y.to(dtype)
 
+    def _is_mixed(self) -> bool:
+        """Whether items of this batch have adapters of their own here."""
+        batch = self.mixed
+        if batch is None or not self.adapters_enabled:
+            return False
+        return any(name in self.lora_A for name in batch.adapters)
+
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
         for name, r in self.r.items():

@@ -78,6 +78,9 @@ class LoRAConv1D(FusedLayer):
     ) -> Tensor:
         return lora_linear(x, self.weight.t(), a, b, scaling, bias, dropout_p, self.training)
 
+    def _matrix(self) -> Tensor:
+        return self.weight.t()
+
     def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight.t(), bias)
 

@@ -177,14 +177,22 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
         """ids [...] of integers -> [..., dim] in the weight's dtype."""
         y = self._rows(ids)
         dtype = y.dtype
+        if self.mixed is not None:
+            if self._is_mixed():
+                batch = self.mixed.of(ids)
+                for name in filter(self.lora_embedding_A.__contains__, batch.adapters):
+                    items = batch.items(name, ids.device)
+                    update = self._update(ids.index_select(0, items), name)
+                    y = y.index_add(0, items, update.to(dtype))
+            return y
         for name in self.acting_adapters():
-            a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
-            h = F.embedding(
-                ids, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
-            )
-            update = (h @ b.t()) * self.scaling[name]
-            y = y + scaled(update, self._scale_of_update())
+            y = y + self._update(ids, name)
         return y.to(dtype)
+
+    def _update(self, ids: Tensor, name: str) -> Tensor:
+        a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
+        h = F.embedding(ids, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return scaled((h @ b.t()) * self.scaling[name], self._scale_of_update())
 
     def _with_updates(self, base: Tensor) -> Tensor:
         exact = base.clone()

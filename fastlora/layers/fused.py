@@ -13,6 +13,7 @@ from ..quant import NF4Tensor
 from .base import LoRALayer
 from .dora import exact_row_norms, scale_columns
 from .merging import MergeableLayer, Merged, as_parameter
+from .mixed import mixed_linear
 
 
 class FusedLayer(MergeableLayer, LoRALayer):
@@ -32,8 +33,16 @@ class FusedLayer(MergeableLayer, LoRALayer):
         """Base and update of one adapter, with ``bias`` [N] or none in place of the base's own."""
         raise NotImplementedError
 
+    def _matrix(self) -> Tensor | NF4Tensor:
+        """The weight [N, K]."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; see ``fastlora.lora_linear`` and ``qlora_linear`` for dtypes and errors."""
+        if self.mixed is not None:
+            if self._is_mixed():
+                return mixed_linear(self, self.mixed, x, self._matrix(), self.bias)
+            return self._base(x, self.bias)
         names = self.acting_adapters()
         if len(names) == 1 and _fits(x, self.lora_A[names[0]]):
             name = names[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .base import LoRALayer
 from .dora import BaseRows, rows_of
+from .mixed import mixed_linear
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -122,5 +123,9 @@ class LoRAWrapper(LoRALayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> [..., N] in the base's output dtype; further arguments go to the base."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.mixed is not None:
+            if not self._is_mixed():
+                return y
+            return (y + mixed_linear(self, self.mixed, x, None, None)).to(y.dtype)
         names = self.acting_adapters()
         return self._add_updates(y, x, names) if names else y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 
 from ..layers import AdapterLayer, LoRALayer
 from ..layers.adapter import check_adapter_name
+from ..layers.embedding import LoRAEmbedding
+from ..layers.mixed import MixedBatch
 from ..methods import PeftConfig
 from . import merge
 from .merge import MergeReport
@@ -246,6 +248,48 @@ class Adapters(nn.Module):
             majority_sign_method,
         )
 
+    @contextmanager
+    def mixed_batch(self, adapter_names: Sequence[str], repeats: int = 1) -> Iterator[None]:
+        """Within ``with model.mixed_batch(["a", "b", "__base__"]):`` item i of every batch uses the adapter adapter_names[i],
+        in inference and in training; backward of a checkpointed model belongs inside too.
+
+        The rows of one adapter are multiplied together, by ``fastlora.lora_linear_segments``: a batch whose items are
+        sorted by adapter, those of the base last, saves a copy of each input and output. Which adapters are active does
+        not matter; those that are trained must require grad (``set_adapter`` several).
+
+        Args:
+            adapter_names: one name an item of the batch; "__base__" for none.
+            repeats: rows for each item, next to one another (beams).
+
+        Raises:
+            ValueError: an adapter does not exist, or is more than A and B at linears and embeddings; adapters are merged; or
+                they train with different dropouts.
+        """
+        batch = self._mixed(list(adapter_names), repeats)
+        layers = list(self.adapter_layers())
+        for layer in layers:
+            layer.mixed = batch
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.mixed = None
+
+    def _mixed(self, names: list[str], repeats: int) -> MixedBatch:
+        if not names:
+            raise ValueError("adapter_names: got none; accepted is a name for each item of a batch")
+        batch = MixedBatch(names, repeats)
+        for name in batch.adapters:
+            self._check_known(name)
+        self.check_change("adapter_names")
+        for place, layer in self.get_base_model().named_modules():
+            if not isinstance(layer, AdapterLayer):
+                continue
+            here = [name for name in batch.adapters if name in layer.adapters]
+            if here and (problem := _unmixable(layer, here)):
+                raise ValueError(f"adapter_names: module {place!r} {problem}")
+        return batch
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Let a LoRA adapter act ``scale`` times as strongly as its ``lora_alpha`` says, in every layer.
 
@@ -361,3 +405,16 @@ class Adapters(nn.Module):
                 f"adapter_names: got {adapter_names!r}; accepted is None or the active {self.active_adapters}. "
                 "set_adapter makes another active"
             )
+
+
+def _unmixable(layer: AdapterLayer, names: list[str]) -> str | None:
+    """Why ``names`` cannot be in one batch at ``layer``."""
+    if not isinstance(layer, LoRALayer) or not (
+        layer.is_linear or isinstance(layer, LoRAEmbedding)
+    ):
+        return f"is a {type(layer).__name__}, which acts on a batch as a whole"
+    if any(name in layer.lora_magnitude_vector or name in layer.lora_bias for name in names):
+        return f"has DoRA or lora_bias in one of {names}, which mixed batches do not have"
+    if layer.training and len({layer.lora_dropout[name] for name in names}) > 1:
+        return f"has different dropouts in {names}; accepted is one, or eval()"
+    return None

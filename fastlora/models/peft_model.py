@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def _checkpoints(model: nn.Module) -> bool:
         if hasattr(type(model), name):
             return bool(getattr(model, name))
     return False
+
+
+def _beams(model: Any, options: dict[str, Any]) -> int:
+    """How many rows ``generate`` makes of each prompt."""
+    config = options.get("generation_config") or model.generation_config
+    beams, returned = (
+        options.get(name) or getattr(config, name, None) or 1
+        for name in ("num_beams", "num_return_sequences")
+    )
+    return int(beams if beams > 1 else returned)
 
 
 class AdaptedModel(_Delegate):
@@ -92,14 +103,34 @@ class PeftModel(Adapters, _Delegate):
         model: nn.Module = self.base_model.model
         return model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_base_model()(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's. ``adapter_names``: an adapter for each item of the batch; see ``mixed_batch``.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``, with this object's ``generation_config`` if it has one."""
+        Raises:
+            ValueError: as ``mixed_batch``; ``adapter_names`` under gradient checkpointing, whose backward needs them too.
+        """
+        if adapter_names is None:
+            return self.get_base_model()(*args, **kwargs)
+        if self.training and torch.is_grad_enabled() and _checkpoints(self.get_base_model()):
+            raise ValueError(
+                "adapter_names: with gradient checkpointing backward computes the forward again; put both into "
+                "`with model.mixed_batch(adapter_names):`"
+            )
+        with self.mixed_batch(adapter_names):
+            return self.get_base_model()(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's ``generate``, with this object's ``generation_config`` if it has one. ``adapter_names``: as in
+        ``forward``, one for each prompt."""
         if "generation_config" in self.__dict__:
             kwargs.setdefault("generation_config", self.__dict__["generation_config"])
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        base: Any = self.get_base_model()
+        if adapter_names is None:
+            return base.generate(*args, **kwargs)
+        with self.mixed_batch(adapter_names, _beams(base, kwargs)):
+            return base.generate(*args, **kwargs)
 
     # Gradient checkpointing: reentrant checkpoints give no gradient unless some input requires one.
 
