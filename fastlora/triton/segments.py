@@ -162,6 +162,9 @@ def _segment_up_kernel(
     mine = ((m >= first) & (m < last))[:, None] & (n < N)[None, :]
     here = y + m.to(tl.int64)[:, None] * stride_ym + n.to(tl.int64)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
+    before = acc
+    if ADD:  # on its way while the factors come and are multiplied
+        before = tl.load(here, mask=mine, other=0.0)
     if has_factor:  # rows of other segments are multiplied too, and not stored
         factor = l + tl.cast(segment, tl.int64) * stride_le
         h_tile = load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
@@ -171,7 +174,7 @@ def _segment_up_kernel(
     if MASK:
         acc = tl.where(expand(load_words(words, row0, col0, M, pitch, BM, BN), BM, BN), acc, 0.0)
     if ADD:
-        acc += tl.load(here, mask=mine, other=0.0).to(tl.float32)
+        acc += before.to(tl.float32)
     tl.store(here, acc.to(y.dtype.element_ty), mask=mine)
 
 
