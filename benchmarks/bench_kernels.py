@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import fastlora
 from benchmarks import bench
@@ -22,7 +24,7 @@ from fastlora.testing.timing import Contender
 
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672)]  # K, N
 SMALL = [(64, 96), (96, 64)]  # where there is no GPU, to see that it runs
-RANK = 16
+RANK, SEGMENTS = 16, 64
 
 
 class KernelBench(Bench):
@@ -89,6 +91,59 @@ class KernelBench(Bench):
         truth = (g.double().t() @ x.double(), dy.double().t() @ h.double())
         self.time(f"wgrad {m}x{k}x{n}", contenders, truth, moved)
 
+    def segments(self, m: int, k: int, n: int) -> None:
+        """The ops of lora_linear_segments, rows cut at random into ``SEGMENTS``: y and dX over torch's frozen ones."""
+        x, dy, w = self.random(m, k), self.random(m, n), self.random(n, k)
+        a, b = self.random(SEGMENTS, RANK, k), self.random(SEGMENTS, n, RANK)
+        up, h = a.transpose(1, 2), self.random(m, RANK)
+        cuts = torch.randint(1, m, (SEGMENTS - 1,), generator=torch.Generator().manual_seed(0))
+        edges = [0, *cuts.sort().values.tolist(), m]
+        bounds = torch.tensor(edges, device=self.device, dtype=torch.int32)
+
+        def down(x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+            return (ops.segment_down(x, a, bounds),)
+
+        def onto(h: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            return (ops.segment_up(h, b, bounds),)
+
+        def wgrad(x: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+            return ops.segment_wgrad(x, h, dy, h, bounds, None, x.dtype, x.dtype)
+
+        def gemm(x: Tensor, w: Tensor, h: Tensor, l: Tensor) -> tuple[Tensor, ...]:
+            return (ops.segment_gemm(x, w, h, l, bounds),)
+
+        def numel(*tensors: Tensor) -> int:
+            return sum(t.numel() for t in tensors)
+
+        size = f"{m}x{k}x{n}"
+        for op, run, given, moved in (
+            ("segment_down", down, (x, a), numel(x, a, h)),
+            ("segment_up", onto, (h, b), numel(h, b, dy)),
+            ("segment_wgrad", wgrad, (x, dy, h), numel(x, dy, h, h, a, b)),
+        ):
+            ours, truth = self.segment_op(op, run, *given)
+            self.time(f"{op} {size}", ours, truth, x.element_size() * moved)
+        for case, given in (("y", (x, w, h, b)), ("dX", (dy, w.t(), h, up))):
+            ours, truth = self.segment_op("segment_gemm", gemm, *given)
+            frozen = {"torch": Contender(lambda: (torch.mm(given[0], given[1].t()),))}
+            truths = dict.fromkeys(ours, truth)
+            truths["torch"] = (given[0].double() @ given[1].double().t(),)
+            self.time(f"segment_gemm {case} {size}", frozen | ours, truths)
+
+    def segment_op(
+        self, op: str, run: Callable[..., tuple[Tensor, ...]], *given: Tensor
+    ) -> tuple[dict[str, Contender], tuple[Tensor, ...]]:
+        """Who runs an op with segments here, and its results in fp64."""
+        ours = {
+            f"fastlora-{backend}": Contender(
+                functools.partial(run, *given),
+                functools.partial(fastlora.backend, backend, strict=True),
+            )
+            for backend in self.backends(op)
+        }
+        with fastlora.backend("torch", strict=True):
+            return ours, run(*(t.double() for t in given))
+
     def dequantize(self, n: int, k: int) -> None:
         """A 4-bit weight in the compute dtype, its scales quantised."""
         weight = NF4Tensor.quantize(self.random(n, k))
@@ -122,12 +177,17 @@ class KernelBench(Bench):
             self.down(rows[0], k)
         for k, n in wide:
             self.wgrad(rows[0], k, n)
+        for k, n in wide:
+            self.segments(rows[0], k, n)
         for n, k in wide:
             self.dequantize(n, k)
 
     def tables(self):  # type: ignore[no-untyped-def]
         return [
-            ("gemm, m x k x n: time over torch's", lambda row: row.ratio),
+            (
+                f"gemm, m x k x n: time over torch's; segment_gemm of {SEGMENTS} segments likewise",
+                lambda row: row.ratio,
+            ),
             (f"Share of the copy bandwidth, from clean caches, rank {RANK}", lambda row: row.share),
         ]
 
@@ -139,7 +199,8 @@ class KernelBench(Bench):
 
 def geometric_mean(rows: list[Row], contender: str) -> float | None:
     """Of the contender's ratios, over all GEMMs."""
-    ratios = [row.ratio.median for row in rows if row.contender == contender and row.ratio]
+    gemms = (row for row in rows if row.case.startswith("gemm "))
+    ratios = [row.ratio.median for row in gemms if row.contender == contender and row.ratio]
     return float(torch.tensor(ratios).log().mean().exp()) if ratios else None
 
 

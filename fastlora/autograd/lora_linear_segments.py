@@ -1,11 +1,11 @@
 """y = x W^T + bias + h B_e^T with factors per segment of rows, and its gradients.
 
-    forward   h    = s_e' drop(x) A_e^T          y  = x W^T + bias, then y += h B_e^T
-    backward  g    = s_e' dY B_e                 dX = dY W, then dX += mask * (g A_e)
+    forward   h    = s_e' drop(x) A_e^T          y  = x W^T + bias + h B_e^T
+    backward  g    = s_e' dY B_e                 dX = dY W + mask * (g A_e)
               dA_e = g_e^T drop(x_e)             dB_e = dY_e^T h_e             dbias = sum_m dY
 
 e is the segment of each row, whose rows are bounds[e]..bounds[e + 1]; s' = s / (1 - p) as in lora_linear.py. Saved: x as
-it came, h, bounds and the two-word dropout state. The products by W are those of a linear without an update.
+it came, h, bounds and the two-word dropout state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..rng import KEEP_ALL
 from .lora_linear import _as, _rows, _split_scaling
 
 
@@ -49,15 +48,16 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
         h = None
         if low_rank:
             h = ops.segment_down(rows, lora_a, bounds, scalings_tensor, scale, rng_state, keep)
-        y: Tensor | None = None
+        up = None if h is None else lora_b
         if form is not None:
             assert weight is not None
-            y, _ = ops.nf4_linear(
-                rows, weight, scales, form, None, None, bias, None, 1.0, None, KEEP_ALL
-            )
+            y = ops.segment_nf4_gemm(rows, weight, scales, form, h, up, bounds, bias)
         elif weight is not None:
-            y = ops.gemm(rows, _as(weight, dtype), None, None, bias)
-        y = _update(y, h, lora_b, bounds, None)
+            y = ops.segment_gemm(rows, _as(weight, dtype), h, up, bounds, bias)
+        elif h is not None:
+            y = ops.segment_up(h, lora_b, bounds)
+        else:
+            y = rows.new_zeros(rows.shape[0], lora_b.shape[1])
 
         ctx.save_for_backward(
             x if need_a and low_rank else None,
@@ -65,7 +65,7 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
             lora_a if low_rank and need_x else None,
             lora_b if low_rank and (need_x or need_a) else None,
             h if need_b and low_rank else None,
-            bounds if low_rank else None,
+            bounds,
             rng_state if low_rank else None,
             scalings_tensor,
             *(scales if need_x else ()),
@@ -75,7 +75,7 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.a_like, ctx.b_like = (lora_a.shape, lora_a.dtype), (lora_b.shape, lora_b.dtype)
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        return y if y is not None else rows.new_zeros(rows.shape[0], lora_b.shape[1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,15 +100,16 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
 
         dx: Tensor | None = None
         if need_x:
+            up = None if g is None else lora_a.transpose(1, 2)
             if ctx.form is not None:
-                dx = ops.nf4_backward(
-                    dy, weight, scales, ctx.form, None, None, None, None, None, 1.0, None, KEEP_ALL,
-                    dtype, dtype, None,
-                )[0]  # fmt: skip
+                dx = ops.segment_nf4_gemm(
+                    dy, weight, scales, ctx.form, g, up, bounds, None, words, dx=True
+                )
             elif weight is not None:
-                dx = ops.gemm(dy, _as(weight, dtype).t())
-            dx = _update(dx, g, None if g is None else lora_a.transpose(1, 2), bounds, words)
-            if dx is None:
+                dx = ops.segment_gemm(dy, _as(weight, dtype).t(), g, up, bounds, None, words)
+            elif g is not None:
+                dx = ops.segment_up(g, lora_a.transpose(1, 2), bounds, words)
+            else:
                 dx = dy.new_zeros(dy.shape[0], features)
             dx = _as(dx.view(ctx.x_shape), ctx.x_dtype)
 
@@ -134,12 +135,3 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
             dx, None, d_a if need_a else None, d_b if need_b else None, None, None, d_bias,
         )  # fmt: skip
         return given + (None,) * (ctx.arguments - len(given))
-
-
-def _update(
-    y: Tensor | None, h: Tensor | None, factors: Tensor | None, bounds: Tensor, words: Tensor | None
-) -> Tensor | None:
-    """y + h factors[e]^T, in place where there is a y; y where there is no h."""
-    if h is None or factors is None:
-        return y
-    return ops.segment_up(h, factors, bounds, words, y)

@@ -3,7 +3,14 @@
 from .linear import lora_backward, lora_forward
 from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
 from .raw import down, gemm, mask, wgrad
-from .segments import segment_bounds, segment_down, segment_up, segment_wgrad
+from .segments import (
+    segment_bounds,
+    segment_down,
+    segment_gemm,
+    segment_nf4_gemm,
+    segment_up,
+    segment_wgrad,
+)
 from .support import Form, backend
 
 __all__ = [
@@ -21,6 +28,8 @@ __all__ = [
     "quantize_scales",
     "segment_bounds",
     "segment_down",
+    "segment_gemm",
+    "segment_nf4_gemm",
     "segment_up",
     "segment_wgrad",
     "wgrad",

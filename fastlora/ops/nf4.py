@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
+from ..rng import KEEP_ALL
 from . import cuda_backend, raw, support
 from .linear import _fake_backward as _fake_lora_backward
 from .linear import is_eager, lora_backward, lora_forward
@@ -247,6 +248,23 @@ def dx_reads_codes(
     if rng_state is None and _triton_reads("nf4_dx", dy, form, rank):
         return "triton"
     return None
+
+
+def takes_codes(x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form, dx: bool) -> bool:
+    """Whether ``product`` would multiply by the codes as they lie now, and make no weight in floats."""
+    if dx:
+        return dx_reads_codes(x, codes, form, None, None) is not None
+    return reads_codes(x, codes, _floats(scales), form, None, None, None) is not None
+
+
+def product(
+    x: Tensor, codes: Tensor, scales: Sequence[Tensor], form: Form, bias: Tensor | None, dx: bool
+) -> Tensor:
+    """x W^T + bias, or with ``dx`` x W: a 4-bit weight without an update."""
+    if dx:
+        rest = None, None, None, None, None, 1.0, None, KEEP_ALL, x.dtype, x.dtype, None
+        return nf4_backward(x, codes, scales, form, *rest)[0]
+    return nf4_linear(x, codes, scales, form, None, None, bias, None, 1.0, None, KEEP_ALL)[0]
 
 
 def _fake_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

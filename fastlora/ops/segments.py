@@ -1,20 +1,24 @@
-"""``torch.ops.fastlora._segment_bounds/_segment_down/_segment_up/_segment_wgrad``: ops of raw.py with factors per segment.
+"""``torch.ops.fastlora._segment_bounds/_down/_up/_gemm/_nf4_gemm/_wgrad``: ops of raw.py and nf4.py with factors per segment.
 
 Segment e is the rows bounds[e]..bounds[e + 1] (int32 [E + 1], made of the caller's offsets by ``segment_bounds``); other
 rows have no factors. Private, as those are; contracts as in reference.py, and an output that was not asked for comes back
 with shape [0]. On Triton nothing depends on the values of bounds but what is computed: launches and workspace are fixed by
 shapes, and nothing waits for the device. The torch backend loops over segments, for which a GPU has to be waited for.
+
+With many rows Triton's GEMM adds the low-rank terms to the tiles of y that it has just multiplied; else whoever is the
+fastest makes y, and ``segment_up`` adds to it: ``gemm_fit``.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..rng import KEEP_ALL
-from . import support
+from . import nf4, raw, support
 from .raw import backend_module
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
@@ -25,6 +29,13 @@ _library.define(
 _library.define("_segment_up(Tensor h, Tensor l, Tensor bounds, Tensor? words) -> Tensor")
 _library.define(
     "_segment_up_(Tensor(a!) y, Tensor h, Tensor l, Tensor bounds, Tensor? words) -> ()"
+)
+_library.define(
+    "_segment_gemm(Tensor x, Tensor w, Tensor? h, Tensor? l, Tensor bounds, Tensor? bias, Tensor? words) -> Tensor"
+)
+_library.define(
+    "_segment_nf4_gemm(Tensor x, Tensor codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
+    "int nested_block_size, bool fp4, bool dx, Tensor? h, Tensor? l, Tensor bounds, Tensor? bias, Tensor? words) -> Tensor"
 )
 _library.define(
     "_segment_wgrad(Tensor? x, Tensor? g, Tensor? dy, Tensor? h, Tensor bounds, Tensor? words, "
@@ -79,6 +90,68 @@ def _onto(y: Tensor | None, h: Tensor, l: Tensor, bounds: Tensor, words: Tensor 
     return made
 
 
+_FEWEST_FUSED_ROWS = 512  # below, tiles are small, and other kernels or more CTAs make y
+
+
+def gemm_fit(rows: int, dtype: torch.dtype) -> support.Fit:
+    """How a product with ``rows`` rows suits triton/gemm.py's with segments."""
+    if dtype == torch.float32:
+        return support.Fit(None, "fp32 sums need the registers that the low-rank terms would")
+    if rows < _FEWEST_FUSED_ROWS:
+        return support.Fit(None, f"{rows} rows are for the fastest gemm, and segment_up")
+    return support.Fit()
+
+
+def _fuses(x: Tensor, l: Tensor) -> bool:
+    wish = support.preference().name
+    return (
+        (wish == "triton" or (wish is None and x.device.type != "cpu"))
+        and support.miss("segment_gemm", "triton", x.device, x.dtype, l.shape[2]) is None
+        and gemm_fit(x.shape[0], x.dtype) == support.Fit()
+    )
+
+
+def _gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor | None,
+    l: Tensor | None,
+    bounds: Tensor,
+    bias: Tensor | None,
+    words: Tensor | None,
+) -> Tensor:
+    if h is None or l is None:
+        return raw.gemm(x, w, None, None, bias)
+    if _fuses(x, l):
+        y: Tensor = backend_module("triton").segment_gemm(x, w, h, l, bounds, bias, words)
+        return y
+    return _onto(raw.gemm(x, w, None, None, bias), h, l, bounds, words)
+
+
+def _nf4_gemm(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    rows: int,
+    cols: int,
+    block_size: int,
+    nested_block_size: int,
+    fp4: bool,
+    dx: bool,
+    h: Tensor | None,
+    l: Tensor | None,
+    bounds: Tensor,
+    bias: Tensor | None,
+    words: Tensor | None,
+) -> Tensor:
+    form = support.Form(rows, cols, block_size, nested_block_size, fp4)
+    if not nf4.takes_codes(x, codes, scales, form, dx):
+        w = nf4.dequantize(codes, scales, form, x.dtype)
+        return _gemm(x, w.t() if dx else w, h, l, bounds, bias, words)
+    y = nf4.product(x, codes, scales, form, bias, dx)
+    return y if h is None or l is None else _onto(y, h, l, bounds, words)
+
+
 def _wgrad(
     x: Tensor | None,
     g: Tensor | None,
@@ -115,6 +188,16 @@ def _fake_up_(y: Tensor, h: Tensor, l: Tensor, bounds: Tensor, words: Tensor | N
     return None
 
 
+def _fake_gemm(x, w, h, l, bounds, bias, words) -> Tensor:  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _fake_nf4_gemm(  # type: ignore[no-untyped-def]
+    x, codes, scales, rows, cols, block_size, nested_block_size, fp4, dx, h, l, bounds, bias, words
+) -> Tensor:
+    return x.new_empty(x.shape[0], cols if dx else rows)
+
+
 def _fake_wgrad(  # type: ignore[no-untyped-def]
     x, g, dy, h, bounds, words, dtype_a, dtype_b
 ) -> tuple[Tensor, Tensor]:
@@ -131,6 +214,8 @@ for _name, _kernel, _fake in (
     ("_segment_down", _down, _fake_down),
     ("_segment_up", _up, _fake_up),
     ("_segment_up_", _up_, _fake_up_),
+    ("_segment_gemm", _gemm, _fake_gemm),
+    ("_segment_nf4_gemm", _nf4_gemm, _fake_nf4_gemm),
     ("_segment_wgrad", _wgrad, _fake_wgrad),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -140,6 +225,8 @@ _bounds_op = torch.ops.fastlora._segment_bounds.default
 _down_op = torch.ops.fastlora._segment_down.default
 _up_op = torch.ops.fastlora._segment_up.default
 _up_inplace_op = torch.ops.fastlora._segment_up_.default
+_gemm_op = torch.ops.fastlora._segment_gemm.default
+_nf4_gemm_op = torch.ops.fastlora._segment_nf4_gemm.default
 _wgrad_op = torch.ops.fastlora._segment_wgrad.default
 
 
@@ -180,6 +267,38 @@ def segment_up(
         return _up_op(h, l, bounds, words)
     _up_inplace_op(y, h, l, bounds, words)
     return y
+
+
+def segment_gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor | None,
+    l: Tensor | None,
+    bounds: Tensor,
+    bias: Tensor | None = None,
+    words: Tensor | None = None,
+) -> Tensor:
+    """y = x w^T + bias + drop(h l[e]^T): x [M, K], w [N, K] of any strides, h [M, r], l [E, N, r] -> [M, N].
+
+    Rows of no segment get x w^T + bias, and so do all without h and l.
+    """
+    return _gemm_op(x, w, h, l, bounds, bias, words)
+
+
+def segment_nf4_gemm(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    form: support.Form,
+    h: Tensor | None,
+    l: Tensor | None,
+    bounds: Tensor,
+    bias: Tensor | None = None,
+    words: Tensor | None = None,
+    dx: bool = False,
+) -> Tensor:
+    """``segment_gemm`` over a 4-bit weight W [N, K]: w is W, or with ``dx`` W^T."""
+    return _nf4_gemm_op(x, codes, scales, *form, dx, h, l, bounds, bias, words)
 
 
 def segment_wgrad(

@@ -28,7 +28,8 @@ MAX_RANK = 512
 @dataclass(frozen=True)
 class Row:
     """One op on one backend and the problems it takes. ``lora`` is all ops of a linear in one launch; ``nf4_few`` and
-    ``nf4_gemm`` are its forward over a 4-bit weight that is read as it lies, ``nf4_dx`` is dX over one."""
+    ``nf4_gemm`` are its forward over a 4-bit weight that is read as it lies, ``nf4_dx`` is dX over one, ``segment_gemm``
+    is ``gemm`` and ``segment_up`` in one launch."""
 
     op: str
     backend: str
@@ -92,7 +93,7 @@ ROWS = (
     ),
     *(
         Row(op, "triton", _KERNEL_DTYPES, min_capability=(8, 0), max_rank=MAX_RANK)
-        for op in (*OPS, "nf4_gemm", "nf4_dx")
+        for op in (*OPS, "nf4_gemm", "nf4_dx", "segment_gemm")
     ),
     *(Row(op, "torch", _KERNEL_DTYPES | {torch.float64}) for op in OPS),
 )
@@ -153,7 +154,7 @@ def _device_miss(row: Row, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
-_SWITCHED = {"one_launch": ("lora",), "nf4_codes": ("nf4_few", "nf4_gemm", "nf4_dx")}
+_SWITCHED = {"one_launch": ("lora", "segment_gemm"), "nf4_codes": ("nf4_few", "nf4_gemm", "nf4_dx")}
 
 
 @functools.lru_cache(maxsize=4096)

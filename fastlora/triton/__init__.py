@@ -1,13 +1,13 @@
 """The ``triton`` backend: every op as a Triton kernel, same contracts as reference.py and csrc/."""
 
 from . import nf4_linear
+from .bounds import bounds as segment_bounds
 from .down import down
-from .gemm import gemm
+from .gemm import gemm, segment_gemm
 from .mask import mask
 from .nf4 import dequantize, quantize
 from .nf4_linear import dx as nf4_dx
 from .segment_wgrad import wgrad as segment_wgrad
-from .segments import bounds as segment_bounds
 from .segments import down as segment_down
 from .segments import up as segment_up
 from .wgrad import wgrad
@@ -22,6 +22,7 @@ __all__ = [
     "quantize",
     "segment_bounds",
     "segment_down",
+    "segment_gemm",
     "segment_up",
     "segment_wgrad",
     "wgrad",

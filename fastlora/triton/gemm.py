@@ -1,4 +1,5 @@
 """gemm: y = x w^T + bias + drop(h l^T), the frozen product with its K loop extended by the rank.
+segment_gemm: the same with a factor l_e of its own for the rows of each segment e (bounds.py).
 
 Persistent: one CTA per SM walks BM x BN output tiles in groups of rows, fp32 accumulator, one rounding. On sm_90 and
 newer x, w and y move through tensor descriptors (TMA), whose edges are clipped by hardware (and without a low-rank term
@@ -8,6 +9,10 @@ w may be K-major (y = x W^T) or MN-major (dX = dY W): the tile is loaded as it l
 descriptors can name h and l too, the rank is simply more of K: their tiles follow those of x and w through the same
 pipeline. Otherwise they come through pointers, and their product is added after the loop. With dropout the mask belongs to h l^T alone, so that
 product gets an accumulator of its own after the main loop, one half of the tile at a time (a whole one would spill).
+
+With segments so does the product by each l_e that a tile's rows meet, two on average where segments are as long as tiles
+are high: all rows of h are multiplied, and of the product those of segment e are taken. (Rows of others are not zeroed in
+h instead, so that an adapter that holds an infinity or NaN spoils its own rows alone.)
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._counters import count
 from . import launch
+from .bounds import count_up_to, lookup_block
 from .dot import dot_add, lost_bits
 from .mask import expand, load_words
 
@@ -58,6 +64,35 @@ def add_low_rank(
 
 
 @triton.jit
+def _add_segments(
+    acc, h_tile, h, l, bounds, words, row0, col0, M, N, R, E, stride_hm, stride_hr, stride_le, stride_ln, stride_lr, pitch,
+    BM: tl.constexpr, COLS: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, BE: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + drop(h[row0:] l_e[col0:]^T), in the rows of each segment e."""
+    if MASK:
+        words_tile = load_words(words, row0, col0, M, pitch, BM, COLS)
+    m = row0 + tl.arange(0, BM)
+    row = tl.maximum(row0, tl.load(bounds))
+    stop = tl.minimum(row0 + BM, tl.load(bounds + E))
+    while row < stop:  # a turn for every segment with rows here
+        e = count_up_to(bounds, row, E, BE) - 1
+        end = tl.load(bounds + e + 1)
+        l_e = l + tl.cast(e, tl.int64) * stride_le
+        l_tile = load_tile(l_e, 0, col0, R, N, stride_lr, stride_ln, BR, COLS, False).to(
+            h_tile.dtype
+        )
+        low = add_low_rank(h_tile, l_tile, tl.zeros_like(acc), h, l_e, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln,
+                        stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
+        mine = ((m >= row) & (m < end))[:, None]
+        if MASK:
+            mine = mine & expand(words_tile, BM, COLS)
+        acc += tl.where(mine, low, 0.0)
+        row = end
+    return acc
+
+
+@triton.jit
 def _finish(
     acc, low, words_tile, y, bias, row0, col0, M, N, stride_ym,
     BM: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
@@ -79,19 +114,19 @@ def _finish(
 
 @triton.jit
 def _gemm_kernel(
-    x, w, y, h, l, bias, words,
-    M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
-    stride_hm, stride_hr, stride_ln, stride_lr, pitch,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr,
+    x, w, y, h, l, bias, words, bounds,
+    M, N, K, R, E, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
+    stride_hm, stride_hr, stride_le, stride_ln, stride_lr, pitch,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, BE: tl.constexpr,
     GROUP: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
-    EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, HALVES: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
+    EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, SEGMENTS: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    HALVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     launch.enter_chain(CHAIN)
     COLS: tl.constexpr = BN // 2 if HALVES else BN  # what is finished at once
-    LOW_COLS: tl.constexpr = (
-        COLS if MASK else BN
-    )  # a masked low-rank term needs an accumulator of its own
+    ONE: tl.constexpr = LOW_RANK and not SEGMENTS  # one low-rank term for all rows,
+    APART: tl.constexpr = ONE and MASK  # which needs an accumulator of its own with a mask
+    LOW_COLS: tl.constexpr = COLS if APART else BN
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     group_size = GROUP * tiles_n
@@ -112,8 +147,9 @@ def _gemm_kernel(
         col1 = col0 + COLS
         if LOW_RANK:
             h_tile = load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
+        if ONE:
             l_0 = load_tile(l, 0, col0, R, N, stride_lr, stride_ln, BR, LOW_COLS, False).to(DTYPE)
-        if MASK:
+        if APART:
             words_0 = load_words(words, row0, col0, M, pitch, BM, COLS)
             if HALVES:
                 l_1 = load_tile(l, 0, col1, R, N, stride_lr, stride_ln, BR, COLS, False).to(DTYPE)
@@ -138,24 +174,30 @@ def _gemm_kernel(
                 w_tile = load_tile(w, k0, col0, K, N, stride_wk, stride_wn, BK, BN, EVEN)
             acc, lost = dot_add(x_tile, w_tile, acc, lost, PRECISION)
 
-        if LOW_RANK and not MASK:
+        if ONE and not MASK:
             acc = add_low_rank(h_tile, l_0, acc, h, l, row0, col0, M, N, R, stride_hm, stride_hr, stride_ln, stride_lr,
                             BM, BN, BR, RP, PRECISION)  # fmt: skip
         if HALVES:  # half the registers for a masked product, half the memory to stage y in
             acc_0, acc_1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLS)), (0, 2, 1)))
-            if MASK:
+            if APART:
                 low = add_low_rank(h_tile, l_0, tl.zeros_like(acc_0), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
-            _finish(acc_0, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
-            if MASK:
+            if SEGMENTS:
+                acc_0 = _add_segments(acc_0, h_tile, h, l, bounds, words, row0, col0, M, N, R, E, stride_hm, stride_hr,
+                                    stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
+            _finish(acc_0, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, APART, BIAS, DTYPE)  # fmt: skip
+            if APART:
                 low = add_low_rank(h_tile, l_1, tl.zeros_like(acc_1), h, l, row0, col1, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
-            _finish(acc_1, low, words_1, y, bias, row0, col1, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
+            if SEGMENTS:
+                acc_1 = _add_segments(acc_1, h_tile, h, l, bounds, words, row0, col1, M, N, R, E, stride_hm, stride_hr,
+                                    stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
+            _finish(acc_1, low, words_1, y, bias, row0, col1, M, N, stride_ym, BM, COLS, TMA, APART, BIAS, DTYPE)  # fmt: skip
         else:
-            if MASK:
+            if APART:
                 low = add_low_rank(h_tile, l_0, tl.zeros_like(acc), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
-            _finish(acc, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, MASK, BIAS, DTYPE)  # fmt: skip
+            _finish(acc, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, APART, BIAS, DTYPE)  # fmt: skip
 
 
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -183,6 +225,7 @@ def tile_for(
     k_major: bool,
     masked: bool,
     convert: bool,
+    segmented: bool,
     device: torch.device,
 ) -> GemmTile:
     """The tile for a problem, by arch, rows and the rank that is not simply more of K."""
@@ -202,8 +245,10 @@ def tile_for(
     if hopper:
         # The first rank block waits in shared memory beside three 48 KB stages and the staging of y: with more than
         # 16 ranks y is staged in halves. A mask, and an fp32 factor to convert, each take registers and memory from
-        # it. Without a low-rank term halves were measured faster where w is K-major, slower where it is not.
-        br = launch.pick(rank, ((16, 32, 64), (16, 32), (16,))[masked + convert])
+        # it; of segments h alone waits there. Without a low-rank term halves were measured faster where w is K-major,
+        # slower where it is not.
+        ladders = (16, 32, 64), (16, 32), (16,)
+        br = launch.pick(rank, ladders[0 if segmented else masked + convert])
         return GemmTile(
             128,
             256,
@@ -226,6 +271,37 @@ def gemm(
     tile: GemmTile | None = None,
 ) -> Tensor:
     """``reference.gemm`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+    return _run("gemm", x, w, h, l, None, bias, words, tile)
+
+
+def segment_gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    l: Tensor,
+    bounds: Tensor,
+    bias: Tensor | None,
+    words: Tensor | None,
+    tile: GemmTile | None = None,
+) -> Tensor:
+    """y = x w^T + bias + drop(h l_e^T), l [E, N, r]. ``tile`` overrides the plan (for sweeps)."""
+    if l.shape[0] == 0 or l.shape[2] == 0:
+        return _run("segment_gemm", x, w, None, None, None, bias, None, tile)
+    return _run("segment_gemm", x, w, h, l, bounds, bias, words, tile)
+
+
+def _run(
+    op: str,
+    x: Tensor,
+    w: Tensor,
+    h: Tensor | None,
+    l: Tensor | None,
+    bounds: Tensor | None,
+    bias: Tensor | None,
+    words: Tensor | None,
+    tile: GemmTile | None,
+) -> Tensor:
+    """Both ops: with bounds, l is [E, N, r] and neither E nor r is zero."""
     m, k = x.shape
     n = w.shape[0]
     y = x.new_empty(m, n)
@@ -233,6 +309,8 @@ def gemm(
         return y
     rank = h.shape[1] if h is not None and l is not None else 0
     masked = rank > 0 and words is not None
+    segmented = bounds is not None
+    segments = None if bounds is None else bounds.shape[0] - 1
     convert = l is not None and l.dtype != x.dtype
     k_major = w.stride(1) == 1
     w_rows = w if k_major else w.t()
@@ -241,20 +319,21 @@ def gemm(
         and k > 0
         and all(map(launch.describable, (x, w_rows, y)))
     )
-    l_rows = l if l is None or k_major else l.t()
+    l_rows = l if l is None or k_major or segmented else l.t()
     extend = False
-    if h is not None and l_rows is not None and tma and not masked and not convert:
+    if h is not None and l_rows is not None and tma and not (masked or segmented or convert):
         extend = launch.describable(h) and launch.describable(l_rows)
     low_rank = rank > 0 and not extend
     low_width = rank if low_rank else 0
-    tile = tile or tile_for(m, low_width, x.dtype, k_major, masked, convert, x.device)
+    tile = tile or tile_for(m, low_width, x.dtype, k_major, masked, convert, segmented, x.device)
+    halves = tile.halves or segmented  # what segments add, they add to half a tile
     operands: tuple[Any, ...] = (x, w, y, h, l)
     if tma:
         w_block = [tile.bn, tile.bk] if k_major else [tile.bk, tile.bn]
         operands = (
             TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]),
             TensorDescriptor.from_tensor(w_rows, w_block),
-            TensorDescriptor.from_tensor(y, [tile.bm, tile.bn // 2 if tile.halves else tile.bn]),
+            TensorDescriptor.from_tensor(y, [tile.bm, tile.bn // 2 if halves else tile.bn]),
             TensorDescriptor.from_tensor(h, [tile.bm, tile.bk]) if extend else h,
             TensorDescriptor.from_tensor(l_rows, w_block) if extend else l,
         )
@@ -264,20 +343,21 @@ def gemm(
         (ctas,),
         x.device,
         (
-            *operands, None if bias is None else bias.contiguous(), words,
-            m, n, k, rank, *x.stride(), *w.stride(), y.stride(0),
-            *(h.stride() if h is not None else (0, 0)), *(l.stride() if l is not None else (0, 0)),
+            *operands, None if bias is None else bias.contiguous(), words, bounds,
+            m, n, k, rank, segments, *x.stride(), *w.stride(), y.stride(0),
+            *(h.stride() if h is not None else (0, 0)), l.stride(0) if segmented and l is not None else None,
+            *(l.stride()[-2:] if l is not None else (0, 0)),
             0 if words is None else words.shape[1],
         ),
         dict(
             BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=tile.br, RP=launch.cdiv(low_width, tile.br) * tile.br,
-            GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
+            BE=0 if segments is None else lookup_block(segments), GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
             EVEN=m % tile.bm == 0 and n % tile.bn == 0 and k % tile.bk == 0,
-            EXTEND=extend, LOW_RANK=low_rank, MASK=masked, BIAS=bias is not None, HALVES=tile.halves,
+            EXTEND=extend, LOW_RANK=low_rank, SEGMENTS=segmented, MASK=masked, BIAS=bias is not None, HALVES=halves,
             DTYPE=TL_DTYPE[x.dtype], PRECISION=launch.input_precision(x.dtype),
         ),
         tile.warps,
         tile.stages,
     )  # fmt: skip
-    count("gemm", "triton")
+    count(op, "triton")
     return y

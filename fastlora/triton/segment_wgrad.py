@@ -1,7 +1,7 @@
 """segment_wgrad: dA_e = g_e^T drop(x_e) [E, r, K] and dB_e = dY_e^T h_e [E, N, r] over the rows of segment e, in one launch.
 
 Both are out[e, n, r] = sum_m v[m, n] u[m, r] with a wide v and a skinny u, as in wgrad.py. A CTA owns an item of
-segments.py, whose blocks of rows are long here, and BN columns. A segment that one item holds whole, an empty one too, is
+bounds.py, whose blocks of rows are long here, and BN columns. A segment that one item holds whole, an empty one too, is
 stored at once. Of one that crosses a block edge each item leaves an fp32 partial, and a second launch adds them in order of
 rows: no atomics, the same bits every time, and no segment keeps a single CTA for longer than one block of rows. A block
 has at most two partials, of the segment that comes in from the block before and of the one that begins here and goes on:
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .._counters import count
 from . import launch
+from .bounds import count_items, count_up_to, locate, lookup_block, span
 from .dot import dot_add, lost_bits
 from .mask import expand, load_words
-from .segments import count_items, count_up_to, locate, lookup_block, span
 
 
 @triton.jit

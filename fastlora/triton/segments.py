@@ -1,13 +1,9 @@
-"""Segments: runs of rows with a low-rank factor of their own. down and up; wgrad is in segment_wgrad.py.
+"""Segments: runs of rows with a low-rank factor of their own (bounds.py). down and up; wgrad is in segment_wgrad.py.
 
-    bounds  b = cummax(clamp(offsets, 0, M)), int32 [E + 1]: rows b[e]..b[e + 1] are segment e's
     down    h = scale * [scalings[e]] * drop(x) l_e^T        [M, r], zero where a row has no segment
     up      y += drop(h l_e^T), in place, or y = drop(h l_e^T)  [M, N]
 
-Rows are cut into blocks of a fixed length, and blocks where segments begin: each piece is an item. There are never more
-than ``count_items``, whatever the offsets hold, so grids are fixed by shapes; an item past the end, or an empty one, exits
-at once. ``locate`` finds an item's rows from b alone: the pieces of segment e begin at item e + 1 + b[e] // length, for
-every block edge and every bound begins one. Items 0 and on are the rows before b[0], those of number E the rows after b[E].
+gemm.py does what ``up`` does to tiles of y that it has just multiplied; ``up`` is for a y that something else made.
 """
 
 from __future__ import annotations
@@ -23,63 +19,11 @@ from torch import Tensor
 from .._counters import count
 from ..rng import philox_calls
 from . import launch
+from .bounds import count_items, locate, lookup_block
 from .dot import dot_add, lost_bits
 from .down import sum_splits
 from .gemm import add_low_rank, load_tile
 from .mask import expand, load_words, make_words
-
-
-@triton.jit
-def _bounds_kernel(offsets, bounds, M, E, BE: tl.constexpr, CHAIN: tl.constexpr):
-    launch.enter_chain(CHAIN)
-    highest = tl.zeros((BE,), tl.int32)
-    for e0 in range(0, E + 1, BE):
-        e = e0 + tl.arange(0, BE)
-        given = tl.load(offsets + e, mask=e <= E, other=0).to(tl.int64)
-        clamped = tl.minimum(tl.maximum(given, 0), M).to(tl.int32)
-        clamped = tl.maximum(tl.associative_scan(clamped, 0, _larger), highest)
-        tl.store(bounds + e, clamped, mask=e <= E)
-        highest = tl.zeros((BE,), tl.int32) + tl.max(clamped, axis=0)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def count_up_to(bounds, row, E, BE: tl.constexpr):
-    """How many bounds are at most ``row``."""
-    found = tl.zeros((BE,), tl.int32)
-    for e0 in range(0, E + 1, BE):
-        e = e0 + tl.arange(0, BE)
-        b = tl.load(bounds + e, mask=e <= E, other=0)
-        found += ((b <= row) & (e <= E)).to(tl.int32)
-    return tl.sum(found, axis=0)
-
-
-@triton.jit
-def span(bounds, segment, M, E):
-    """The rows (begin, end) of a segment; -1 and E are those without one."""
-    begin = tl.load(bounds + segment, mask=segment >= 0, other=0)
-    end = tl.load(bounds + segment + 1, mask=segment < E, other=M)
-    return begin, end
-
-
-@triton.jit
-def locate(bounds, item, M, E, length, BE: tl.constexpr):
-    """(segment, its rows begin..end, the item's rows first..last) of an item; last <= first where it is empty."""
-    passed = tl.zeros((BE,), tl.int32)
-    for e0 in range(0, E + 1, BE):
-        e = e0 + tl.arange(0, BE)
-        b = tl.load(bounds + e, mask=e <= E, other=0)
-        passed += ((e + 1 + b // length <= item) & (e <= E)).to(tl.int32)
-    segment = tl.sum(passed, axis=0) - 1
-    begin, end = span(bounds, segment, M, E)
-    edge = tl.cast(item - segment - 1, tl.int64) * length
-    first = tl.minimum(tl.maximum(edge, begin), end).to(tl.int32)
-    last = tl.minimum(edge + length, end).to(tl.int32)
-    return segment, begin, end, first, last
 
 
 @triton.jit(do_not_specialize=["keep"])
@@ -162,6 +106,9 @@ def _segment_up_kernel(
     mine = ((m >= first) & (m < last))[:, None] & (n < N)[None, :]
     here = y + m.to(tl.int64)[:, None] * stride_ym + n.to(tl.int64)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
+    before = acc
+    if ADD:  # on its way while the factors come and are multiplied
+        before = tl.load(here, mask=mine, other=0.0)
     if has_factor:  # rows of other segments are multiplied too, and not stored
         factor = l + tl.cast(segment, tl.int64) * stride_le
         h_tile = load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
@@ -171,29 +118,8 @@ def _segment_up_kernel(
     if MASK:
         acc = tl.where(expand(load_words(words, row0, col0, M, pitch, BM, BN), BM, BN), acc, 0.0)
     if ADD:
-        acc += tl.load(here, mask=mine, other=0.0).to(tl.float32)
+        acc += before.to(tl.float32)
     tl.store(here, acc.to(y.dtype.element_ty), mask=mine)
-
-
-def count_items(rows: int, segments: int, length: int) -> int:
-    """How many items rows cut into blocks of ``length`` can have, those of no segment included."""
-    return segments + 2 + rows // length
-
-
-def lookup_block(segments: int) -> int:
-    """How many bounds are looked at together."""
-    return min(1024, max(16, triton.next_power_of_2(segments + 1)))
-
-
-def bounds(offsets: Tensor, rows: int) -> Tensor:
-    """``reference.segment_bounds`` on Triton."""
-    segments = offsets.shape[0] - 1
-    out = torch.empty(segments + 1, dtype=torch.int32, device=offsets.device)
-    arguments = offsets.contiguous(), out, rows, segments
-    constants = dict(BE=lookup_block(segments))
-    launch.run(_bounds_kernel, (1,), offsets.device, arguments, constants, 4, 1)
-    count("segment_bounds", "triton")
-    return out
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ def test_every_kernel_is_timed_and_written_down(tmp_path):
         for contender in ("torch", "torch-again", "fastlora-torch"):
             assert len(rows[case, contender]["times_us"]) == 15
             assert rows[case, contender]["ratio"]["median"] > 0
+    for case in ("segment_gemm y 128x64x96", "segment_gemm dX 128x64x96"):
+        for contender in ("torch", "fastlora-torch"):
+            assert rows[case, contender]["ratio"]["median"] > 0
+    for op in ("segment_down", "segment_up", "segment_wgrad"):
+        assert rows[f"{op} 128x64x96", "fastlora-torch"]["share"]["median"] > 0
     for case in ("down 128x64", "wgrad 128x96x64"):
         row = rows[case, "fastlora-torch"]
         moved = 4 * (128 * 64 + 16 * 64 + 128 * 16)

@@ -1,4 +1,4 @@
-"""_segment_bounds/_down/_up/_up_/_wgrad of every backend: schema, exactness, layouts, empty shapes, hostile offsets."""
+"""_segment_bounds/_down/_up/_up_/_gemm/_nf4_gemm/_wgrad of every backend: schema, exactness, layouts, empty shapes, hostile offsets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import fastlora
 from fastlora import ops, reference, rng
 from fastlora.ops import raw, support
+from fastlora.ops import segments as segment_ops
 from fastlora.testing.compare import assert_same_bits
 from fastlora.testing.inputs import LAYOUTS, integers, with_layout
 
@@ -27,8 +28,7 @@ OFFSETS = {  # of 70 rows
 }
 CASES = [
     *((name, 16, F32) for name in OFFSETS),
-    *(("uneven", r, torch.float16) for r in (1, 8, 40)),
-    ("none at both ends", 64, F32),
+    *(("uneven", r, torch.float16) for r in (1, 40)),
 ]
 
 
@@ -85,6 +85,33 @@ class TestExactness:
             lies = b.float().transpose(1, 2).contiguous().transpose(1, 2)  # as A lies in dX
             assert ops.segment_up(h, lies, bounds, mask, onto) is onto
             self.same("y", onto, y.double() + term)
+
+    @pytest.mark.parametrize("fused", [False, True], ids=["composed", "fused"])
+    def test_gemm(self, strict_backend, device, monkeypatch, dtype, name, r, fused):
+        """y, and dX with a mask; who makes them is told by ``launches``."""
+        monkeypatch.setattr(segment_ops, "_FEWEST_FUSED_ROWS", 1 if fused else self.M + 1)
+        dtype = torch.float16  # of every case: fp32 is composed always
+        values, bounds, member, (x, a, b, dy, h) = self.operands(name, r, dtype, device)
+        w = integers(self.N, self.K, low=-1, high=1, dtype=dtype, device=device)
+        bias = integers(self.N, low=-1, high=1, dtype=dtype, device=device)
+        words = reference.mask(torch.tensor([3, 4]), self.M, self.K, KEEP).to(device)
+        kept = reference.unpack_mask(words, self.M, self.K).double()
+        base = x.double() @ w.double().t() + bias.double()
+        low = torch.einsum("mr,enr,me->mn", h.double(), b.double(), member)
+        self.same("y", ops.segment_gemm(x, w, h, b, bounds, bias), base + low)
+        low = torch.einsum("mr,erk,me->mk", h.double(), a.double(), member) * kept
+        dx = ops.segment_gemm(dy, w.t(), h, a.float().transpose(1, 2), bounds, None, words)
+        self.same("dX", dx, dy.double() @ w.double() + low)
+        self.same("base", ops.segment_gemm(x, w, None, None, bounds, bias), base)
+        if fused and strict_backend == "triton":
+            assert set(fastlora.launches()) == {("segment_gemm", "triton"), ("gemm", "triton")}
+            assert fastlora.launches()["segment_gemm", "triton"] == 2
+        else:
+            expected = {("gemm", strict_backend): 3, ("segment_up", strict_backend): 2}
+            if strict_backend == "triton" and len(values) == 1:
+                del expected["segment_up", strict_backend]  # no segment, no launch
+            ran = {key: n for key, n in fastlora.launches().items() if key[0] != "mask"}
+            assert ran == expected
 
     def test_wgrad(self, strict_backend, device, dtype, name, r):
         _, bounds, member, (x, _, _, dy, h) = self.operands(name, r, dtype, device)
@@ -220,8 +247,63 @@ def test_opcheck(dropped):
     factor = a.transpose(1, 2)
     check(library._segment_up.default, (h, factor, bounds, words))
     check(library._segment_up_.default, (x.clone(), h, factor, bounds, words))
+    w = integers(40, 32, low=-1, high=1, dtype=F32, device="cpu")
+    for up in ((None, None), (h, factor)):
+        check(library._segment_gemm.default, (dy, w.t(), *up, bounds, None, words))
+    weight = fastlora.NF4Tensor.quantize(w)
+    packed = weight.codes, list(weight.scales), *weight.form
+    check(library._segment_nf4_gemm.default, (dy, *packed, True, h, factor, bounds, None, words))
     for given in ((x, h, dy, h), (x, h, None, None), (None, None, dy, h)):
         check(library._segment_wgrad.default, (*given, bounds, words, F32, F32))
+
+
+def test_one_launch_is_for_many_rows():
+    """Where tiles are many and large. Fewer rows are another kernel's, whose y is added to."""
+    for dtype in (torch.float16, torch.bfloat16):
+        assert segment_ops.gemm_fit(512, dtype) == support.Fit()
+        assert segment_ops.gemm_fit(511, dtype).slower.startswith("511 rows are for the fastest")
+    assert segment_ops.gemm_fit(8192, F32).slower.startswith("fp32 sums need the registers")
+
+
+def test_one_launch_can_be_switched_off(strict_backend, device, monkeypatch):
+    if strict_backend == "torch":
+        pytest.skip("torch composes always")
+    monkeypatch.setattr(segment_ops, "_FEWEST_FUSED_ROWS", 1)
+    monkeypatch.setattr(support.switches, "_OFF", frozenset({"one_launch"}))
+    support.miss.cache_clear()
+    x, _, b, _, h = products(24, 32, 40, 8, 3, torch.float16, device)
+    w = torch.ones(40, 32, device=device, dtype=torch.float16)
+    try:
+        ops.segment_gemm(x, w, h, b, bounds_of([0, 1, 2, 3], device))
+    finally:
+        support.miss.cache_clear()
+    assert {op for op, _ in fastlora.launches()} == {"gemm", "segment_up"}
+
+
+@pytest.mark.parametrize("m", [24, 140])
+@pytest.mark.parametrize("dx", [False, True])
+def test_gemm_over_a_4_bit_weight(strict_backend, device, monkeypatch, m, dx):
+    """Few rows take the codes as they lie, then segment_up; many a weight in floats, and one launch."""
+    monkeypatch.setattr(segment_ops, "_FEWEST_FUSED_ROWS", 1)
+    weight = fastlora.NF4Tensor.quantize(torch.randn(64, 64, device=device))
+    x, h = (torch.randn(m, width, device=device, dtype=torch.float16) for width in (64, 8))
+    l = torch.randn(3, 64, 8, device=device, dtype=torch.float16)
+    bounds = bounds_of([1, 9, 9, m - 1], device)
+    words = reference.mask(torch.tensor([3, 4]), m, 64, KEEP).to(device) if dx else None
+    y = ops.segment_nf4_gemm(
+        x, weight.codes, weight.scales, weight.form, h, l, bounds, None, words, dx
+    )
+    ran = {op for op, _ in fastlora.launches()} - {"mask", "quantize"}
+    if strict_backend == "torch":
+        assert ran == {"dequantize", "gemm", "segment_up"}
+    elif m == 24:
+        assert ran == {"nf4_dx" if dx else "nf4_gemm", "segment_up"}
+    else:
+        assert ran == {"dequantize", "segment_gemm"}
+    w = weight.dequantize().double()
+    base = x.double() @ (w if dx else w.t())
+    true = reference.segment_up(h.double(), l.double(), bounds, words, base)
+    torch.testing.assert_close(y.double(), true, rtol=4e-3, atol=4e-2)
 
 
 def test_there_is_no_cuda_kernel_and_strictness_says_so():

@@ -25,6 +25,7 @@ from fastlora.triton import (
     nf4_linear,
     segment_bounds,
     segment_down,
+    segment_gemm,
     segment_up,
     segment_wgrad,
     wgrad,
@@ -137,6 +138,10 @@ def main() -> None:
             segment_up(h, b, bounds, None, x)
             segment_up(h, b, bounds, None, None)
             segment_up(h, a.transpose(1, 2), bounds, words, x)
+            if dtype != torch.float32:  # which is composed
+                segment_gemm(x, w, h, b, bounds, None, None)
+                segment_gemm(x, w.t(), h, a.transpose(1, 2), bounds, None, None)
+                segment_gemm(x, w.t(), h, a.transpose(1, 2), bounds, None, words)
             segment_wgrad(x, h, x, h, bounds, None, factors, factors)
             segment_wgrad(x, h, None, None, bounds, words, factors, factors)
         else:
@@ -146,6 +151,8 @@ def main() -> None:
         few = x[:32], a, bounds, scalings, 0.5, None, 65536
         segment_down(*few)
         segment_up(h[:32], b, bounds, None, x[:32])
+        if dtype != torch.float32:
+            segment_gemm(x[:512], w, h[:512], b, bounds, None, None)
     if op == "gemm":
         gemm(x, w, None, None, None, None)
         for rows in (1, 64, 256):  # the few-row tiles

@@ -1,4 +1,4 @@
-"""fastlora/triton/segments.py and segment_wgrad.py below the ops: how rows are cut, in every tile, and what is left alone.
+"""fastlora/triton/segments.py, segment_wgrad.py and segment_gemm below the ops: how rows are cut, in every tile, and what is left alone.
 In Triton's interpreter where there is no GPU."""
 
 import dataclasses
@@ -13,6 +13,8 @@ from fastlora.testing.compare import assert_accurate, assert_same_bits
 from fastlora.testing.inputs import integers
 
 segments = pytest.importorskip("fastlora.triton.segments")
+bounds_module = importlib.import_module("fastlora.triton.bounds")
+gemm = importlib.import_module("fastlora.triton.gemm")
 segment_wgrad = importlib.import_module("fastlora.triton.segment_wgrad")
 launch = importlib.import_module("fastlora.triton.launch")
 
@@ -141,6 +143,119 @@ def test_against_fp64(dtype, r):
         assert_accurate(name, got, torchs, truth)
 
 
+M = 70  # three blocks of the interpreter's 32 rows
+EDGES = {
+    "one": [0, M],
+    "straddling": [0, 20, 45, M],
+    "on block edges": [0, 32, 64, M],
+    "one row each": list(range(29, 36)),
+    "empty ones amid": [0, 0, 31, 31, 31, 33, 33, M, M],
+    "nobody at both ends": [5, 33, 60],
+    "nobody's blocks": [33, 40],
+    "all empty": [7] * 4,
+    "more than are looked at together": [min(e // 20, M) for e in range(1300)],
+}
+
+
+def gemm_operands(m, k, n, r, count, dtype, dx):
+    """x, w, h, l and a bias of integers whose every sum is exact; with ``dx``, w and l lie as W^T and A^T do."""
+    x, h, bias = small(m, k, dtype=dtype), small(m, r, dtype=dtype), small(n, dtype=dtype)
+    if dx:
+        return (
+            x,
+            small(k, n, dtype=dtype).t(),
+            h,
+            small(count, r, n, dtype=dtype).transpose(1, 2),
+            bias,
+        )
+    return x, small(n, k, dtype=dtype), h, small(count, n, r, dtype=dtype), bias
+
+
+def gemm_truth(x, w, h, l, bounds, bias, words):
+    """In fp64, of whatever is given: no tile, no fused anything."""
+    wide = [t.double() for t in (x, w, h, l)]
+    y = reference.gemm(*wide[:2], None, None, None if bias is None else bias.double())
+    return reference.segment_up(*wide[2:], bounds, words, y)
+
+
+@pytest.mark.parametrize("dx", [False, True], ids=["y", "dX"])
+@pytest.mark.parametrize("name", EDGES)
+def test_a_gemm_with_segments_is_exact_on_integers(name, dx):
+    """Wherever segments begin, with a mask in dX; 72 columns go through descriptors where there are any."""
+    bounds = bounds_of(EDGES[name])
+    x, w, h, l, bias = gemm_operands(M, 40, 72, 16, len(EDGES[name]) - 1, FP16, dx)
+    words = reference.mask(torch.tensor([3, 4]), M, 72, 20000).to(DEVICE) if dx else None
+    y = gemm.segment_gemm(x, w, h, l, bounds, bias, words)
+    assert_same_bits("y", y, gemm_truth(x, w, h, l, bounds, bias, words).to(FP16))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"),
+    [(1, 8, 8, 1), (33, 40, 66, 1), (64, 24, 64, 40), (95, 40, 130, 64), (100, 7, 9, 16)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dx", [False, True], ids=["y", "dX"])
+def test_a_gemm_with_segments_of_any_size(m, k, n, r, dtype, dx):
+    """Ranks of several blocks, edges no tile divides, and pointers where no descriptor can name y."""
+    bounds = random_bounds(m, 3, 2)
+    x, w, h, l, _ = gemm_operands(m, k, n, r, 3, dtype, dx)
+    words = reference.mask(torch.tensor([3, 4]), m, n, 20000).to(DEVICE) if dx else None
+    l = l.float() if dx else l  # factors in fp32 beside 16-bit rows
+    y = gemm.segment_gemm(x, w, h, l, bounds, None, words)
+    truth = gemm_truth(x, w, h, l, bounds, None, words).to(dtype)
+    assert_same_bits("y", y, truth)
+    assert_same_bits("again", gemm.segment_gemm(x, w, h, l, bounds, None, words), y)
+
+
+def test_a_gemm_with_segments_in_every_tile_a_plan_can_pick():
+    bounds = bounds_of([2, 20, 45, 60])
+    x, w, h, l, _ = gemm_operands(M, 40, 72, 20, 3, FP16, False)
+    truth = gemm_truth(x, w, h, l, bounds, None, None).to(FP16)
+    for bm, bn, br in ((64, 64, 16), (64, 128, 32), (32, 64, 32)):
+        tile = gemm.GemmTile(bm, bn, 32, warps=4, stages=2, group=1, br=br)
+        y = gemm.segment_gemm(x, w, h, l, bounds, None, None, tile)
+        assert_same_bits(f"{bm}x{bn}, rank block {br}", y, truth)
+
+
+def test_a_gemm_of_no_segments_or_no_rank_is_the_plain_one():
+    x, w, h, l, bias = gemm_operands(M, 40, 72, 8, 3, FP16, False)
+    plain = gemm.gemm(x, w, None, None, bias, None)
+    bounds = bounds_of([2, 20, 45, 60])
+    assert torch.equal(gemm.segment_gemm(x, w, h, l[:0], bounds[:1], bias, None), plain)
+    none = gemm.segment_gemm(x, w, h[:, :0], l[:, :, :0], bounds, bias, None)
+    assert torch.equal(none, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [8, 64])
+def test_a_gemm_with_segments_against_fp64(dtype, r):
+    m, k, n, count = (4096, 1024, 1000, 20) if GPU else (70, 96, 72, 4)
+    bounds = random_bounds(m, count, 2)
+    x, h = torch.randn(m, k, device=DEVICE).to(dtype), torch.randn(m, r, device=DEVICE).to(dtype)
+    w = (torch.randn(n, k, device=DEVICE) / k**0.5).to(dtype)
+    l = (torch.randn(count, n, r, device=DEVICE) / r**0.5).to(FP32 if r == 8 else dtype)
+    bias = torch.randn(n, device=DEVICE).to(dtype)
+    y = gemm.segment_gemm(x, w, h, l, bounds, bias, None)
+    same = reference.segment_up(h, l, bounds, None, reference.gemm(x, w, None, None, bias))
+    assert_accurate("y", y, same, gemm_truth(x, w, h, l, bounds, bias, None))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_an_adapter_that_overflowed_spoils_its_own_rows_alone(bad):
+    """Others' rows share its tiles, and must not meet it even times zero."""
+    x, w, h, l, _ = gemm_operands(M, 40, 72, 8, 3, FP16, False)
+    bounds = bounds_of([2, 20, 45, 60])
+    h[:] = 1
+    truth = gemm_truth(x, w, h, l, bounds, None, None).to(FP16)
+    l[1] = bad
+    h[50] = bad  # and a row its own outputs
+    y = gemm.segment_gemm(x, w, h, l, bounds, None, None)
+    spoilt = torch.zeros(M, dtype=torch.bool, device=DEVICE)
+    spoilt[20:45] = spoilt[50] = True
+    assert not y[20:45].isfinite().any()
+    assert torch.equal(y[~spoilt], truth[~spoilt])
+
+
 def test_infinite_rows_stay_in_their_own_segment():
     """Rows of others share a tile: what they hold must not be multiplied by zero, which would be NaN."""
     m, k, n, r = 64, 32, 24, 4
@@ -164,7 +279,8 @@ def test_launches_and_workspace_do_not_depend_on_offsets(monkeypatch):
     seen = []
 
     def record(kernel, grid, device, arguments, constants, warps, stages):
-        kinds = [(t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in arguments]
+        bases = [getattr(t, "base", t) for t in arguments]  # of descriptors
+        kinds = [(t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in bases]
         seen.append((kernel, grid, kinds, constants))
 
     monkeypatch.setattr(launch, "run", record)
@@ -174,12 +290,13 @@ def test_launches_and_workspace_do_not_depend_on_offsets(monkeypatch):
     for values in ([0] * 6, [0, 0, 0, 0, 0, 200], [1, 2, 3, 100, 150, 199]):
         seen.clear()
         offsets = bounds_of(values)
-        segments.bounds(offsets, m)
+        bounds_module.bounds(offsets, m)
         segments.down(x, a, offsets, None, 1.0, None, 65536)
         segments.up(h, b, offsets, None, dy)
+        gemm.segment_gemm(x, b[0].new_zeros(n, k), h, b, offsets, None, None)
         segment_wgrad.wgrad(x, h, dy, h, offsets, None, FP32, FP32)
         runs.append(list(seen))
-    assert len(runs[0]) >= 5 and runs[0] == runs[1] == runs[2]
+    assert len(runs[0]) >= 6 and runs[0] == runs[1] == runs[2]
 
 
 @pytest.mark.parametrize(("m", "k", "n", "count"), [(2**22, 8, 8, 64), (8, 2**20, 2**20, 64)])
