@@ -91,14 +91,19 @@ def _onto(y: Tensor | None, h: Tensor, l: Tensor, bounds: Tensor, words: Tensor 
 
 
 _FEWEST_FUSED_ROWS = 512  # below, tiles are small, and other kernels or more CTAs make y
+# Below, on average: a tile of y meets so many segments that waiting for their factors costs more than a second pass over y.
+# Measured on an H100: benchmarks/NOTES.md.
+_FEWEST_ROWS_A_SEGMENT = 512
 
 
-def gemm_fit(rows: int, dtype: torch.dtype) -> support.Fit:
-    """How a product with ``rows`` rows suits triton/gemm.py's with segments."""
+def gemm_fit(rows: int, segments: int, dtype: torch.dtype) -> support.Fit:
+    """How a product with ``rows`` rows in ``segments`` suits triton/gemm.py's."""
     if dtype == torch.float32:
         return support.Fit(None, "fp32 sums need the registers that the low-rank terms would")
     if rows < _FEWEST_FUSED_ROWS:
         return support.Fit(None, f"{rows} rows are for the fastest gemm, and segment_up")
+    if rows < _FEWEST_ROWS_A_SEGMENT * segments:
+        return support.Fit(None, f"{segments} segments of {rows} rows are for segment_up")
     return support.Fit()
 
 
@@ -107,7 +112,7 @@ def _fuses(x: Tensor, l: Tensor) -> bool:
     return (
         (wish == "triton" or (wish is None and x.device.type != "cpu"))
         and support.miss("segment_gemm", "triton", x.device, x.dtype, l.shape[2]) is None
-        and gemm_fit(x.shape[0], x.dtype) == support.Fit()
+        and gemm_fit(x.shape[0], l.shape[0], x.dtype) == support.Fit()
     )
 
 

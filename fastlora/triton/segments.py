@@ -226,7 +226,7 @@ def up_tile(m: int, rank: int, dtype: torch.dtype) -> SegmentUpTile:
     br = launch.pick(rank, (16, 32))
     if dtype is torch.float32:
         return SegmentUpTile(32, 64, br, warps=4)
-    return SegmentUpTile(64 if m > 32 else 32, 128, br, warps=4)
+    return SegmentUpTile(32, 128, br, warps=4)
 
 
 def up(

@@ -81,6 +81,7 @@ def test_of_many_rows_each_product_is_one_launch(
 ):
     """The same results, and on Triton no second pass over y or dX."""
     monkeypatch.setattr(segment_ops, "_FEWEST_FUSED_ROWS", 140)
+    monkeypatch.setattr(segment_ops, "_FEWEST_ROWS_A_SEGMENT", 1)
     values = [2, 3, 3, 100, 104, 136]
     x, w, a, b = operands(device, m=140, k=64, dtype=F16, factors=F32)
     if four_bit:

@@ -7,6 +7,7 @@ import torch
 
 import fastlora
 from fastlora import reference, rng
+from fastlora.ops import segments as segment_ops
 from fastlora.ops import support
 from fastlora.testing.compare import assert_accurate, assert_same_bits, relative_error
 
@@ -14,14 +15,16 @@ pytestmark = [pytest.mark.gpu]
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def _on_triton():
-    """Strictly, so that no loop can pass for the kernels."""
+@pytest.fixture(autouse=True, params=["segment_gemm", "segment_up"])
+def product(request, monkeypatch):
+    """Strictly on Triton, so that no loop can pass for the kernels; y and dX in one launch, and in two."""
+    least = 1 if request.param == "segment_gemm" else 1 << 40
+    monkeypatch.setattr(segment_ops, "_FEWEST_ROWS_A_SEGMENT", least)
     reason = support.miss("segment_down", "triton", torch.device("cuda", 0), BF16, 16)
     if reason is not None:
         pytest.skip(reason)
     with fastlora.backend("triton", strict=True):
-        yield
+        yield request.param
     assert {backend for _, backend in fastlora.launches()} <= {"triton"}
 
 
@@ -56,7 +59,7 @@ def by_formula(dtype, x, w, a, b, offsets, *args, dy=None, **kwargs):
     return [y, *(z if g is None else g for g, z in zip(grads, zeros, strict=True))]
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(product):
     tensors, offsets = operands(), uneven(512, 8)
     scalings = torch.rand(8, device="cuda")
     step(*tensors, offsets, scalings, dropout_p=0.1)  # whatever is compiled or loaded on first use
@@ -67,9 +70,9 @@ def test_nothing_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     counts = {op: count for (op, _), count in fastlora.launches().items()}
-    assert counts == {
-        "segment_bounds": 1, "segment_down": 2, "segment_gemm": 2, "segment_wgrad": 1, "mask": 1,
-    }  # fmt: skip
+    products = {"segment_gemm": 2} if product == "segment_gemm" else {"gemm": 2, "segment_up": 2}
+    rest = {"segment_bounds": 1, "segment_down": 2, "segment_wgrad": 1, "mask": 1}
+    assert counts == rest | products
 
 
 def test_graph_replays_with_other_offsets_and_scalings():

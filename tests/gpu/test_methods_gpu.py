@@ -144,6 +144,8 @@ def test_experts() -> None:
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     base = MixtralForCausalLM(config).eval()
+    if not any(hasattr(module, "_is_expert_parallel") for module in base.modules()):
+        pytest.skip("this transformers does not say how its experts are spread")
     model = fastlora.get_peft_model(
         base, LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     )  # fmt: skip

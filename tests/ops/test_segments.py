@@ -90,6 +90,7 @@ class TestExactness:
     def test_gemm(self, strict_backend, device, monkeypatch, dtype, name, r, fused):
         """y, and dX with a mask; who makes them is told by ``launches``."""
         monkeypatch.setattr(segment_ops, "_FEWEST_FUSED_ROWS", 1 if fused else self.M + 1)
+        monkeypatch.setattr(segment_ops, "_FEWEST_ROWS_A_SEGMENT", 1)
         dtype = torch.float16  # of every case: fp32 is composed always
         values, bounds, member, (x, a, b, dy, h) = self.operands(name, r, dtype, device)
         w = integers(self.N, self.K, low=-1, high=1, dtype=dtype, device=device)
@@ -260,15 +261,21 @@ def test_opcheck(dropped):
 def test_one_launch_is_for_many_rows():
     """Where tiles are many and large. Fewer rows are another kernel's, whose y is added to."""
     for dtype in (torch.float16, torch.bfloat16):
-        assert segment_ops.gemm_fit(512, dtype) == support.Fit()
-        assert segment_ops.gemm_fit(511, dtype).slower.startswith("511 rows are for the fastest")
-    assert segment_ops.gemm_fit(8192, F32).slower.startswith("fp32 sums need the registers")
+        assert segment_ops.gemm_fit(512, 1, dtype) == support.Fit()
+        assert segment_ops.gemm_fit(511, 1, dtype).slower.startswith("511 rows are for the fastest")
+        assert segment_ops.gemm_fit(8192, 16, dtype) == support.Fit()
+        assert (
+            segment_ops.gemm_fit(8192, 17, dtype).slower
+            == "17 segments of 8192 rows are for segment_up"
+        )
+    assert segment_ops.gemm_fit(8192, 1, F32).slower.startswith("fp32 sums need the registers")
 
 
 def test_one_launch_can_be_switched_off(strict_backend, device, monkeypatch):
     if strict_backend == "torch":
         pytest.skip("torch composes always")
     monkeypatch.setattr(segment_ops, "_FEWEST_FUSED_ROWS", 1)
+    monkeypatch.setattr(segment_ops, "_FEWEST_ROWS_A_SEGMENT", 1)
     monkeypatch.setattr(support.switches, "_OFF", frozenset({"one_launch"}))
     support.miss.cache_clear()
     x, _, b, _, h = products(24, 32, 40, 8, 3, torch.float16, device)
@@ -285,6 +292,7 @@ def test_one_launch_can_be_switched_off(strict_backend, device, monkeypatch):
 def test_gemm_over_a_4_bit_weight(strict_backend, device, monkeypatch, m, dx):
     """Few rows take the codes as they lie, then segment_up; many a weight in floats, and one launch."""
     monkeypatch.setattr(segment_ops, "_FEWEST_FUSED_ROWS", 1)
+    monkeypatch.setattr(segment_ops, "_FEWEST_ROWS_A_SEGMENT", 1)
     weight = fastlora.NF4Tensor.quantize(torch.randn(64, 64, device=device))
     x, h = (torch.randn(m, width, device=device, dtype=torch.float16) for width in (64, 8))
     l = torch.randn(3, 64, 8, device=device, dtype=torch.float16)
