@@ -252,6 +252,18 @@ def lora_linear_segments(
     return y.view(*x.shape[:-1], lora_b.shape[1])
 
 
+def row_norms(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | None, scale: float
+) -> Tensor:
+    """||W_n + s B_n A|| of weight [N, K], A [r, K], B [N, r] and s = scale * [scaling]: fp32 [N], fp64 over fp64."""
+    out = torch.promote_types(weight.dtype, torch.float32)
+    s = scale if scaling is None else scale * scaling.double()
+    a, slabs = lora_a.double(), []
+    for w, b in zip(weight.split(1024), lora_b.split(1024), strict=True):
+        slabs.append(torch.linalg.vector_norm(w.double() + (b.double() @ a) * s, dim=1).to(out))
+    return torch.cat(slabs)
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor,

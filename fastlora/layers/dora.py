@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..autograd import ColumnScaleFunction
 
 _SLAB = 1 << 22  # elements of W that are read at once
@@ -31,11 +32,12 @@ _ROWS = 256
 
 class BaseRows(NamedTuple):
     """A base weight [N, K] to be read by rows: ``reader()`` is a function of a slice or of indices that gives floats in
-    ``dtype``."""
+    ``dtype``; ``whole()`` is all of it, in floats of any dtype."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
     reader: Callable[[], Callable[[slice | Tensor], Tensor]]
+    whole: Callable[[], Tensor]
 
     def slabs(self) -> list[slice]:
         n, k = self.shape
@@ -48,7 +50,7 @@ def rows_of(weight: Tensor) -> BaseRows:
     weight = weight.detach()
     dtype = torch.promote_types(weight.dtype, torch.float32)
     n, k = weight.shape
-    return BaseRows((n, k), dtype, lambda: lambda rows: weight[rows].to(dtype))
+    return BaseRows((n, k), dtype, lambda: lambda rows: weight[rows].to(dtype), lambda: weight)
 
 
 def row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
@@ -61,6 +63,10 @@ def row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> 
     """
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         a, b = a.detach(), b.detach()
+        if (
+            a.device.type == "cuda"
+        ):  # one kernel, which makes each tile of s B A where it adds it to W's
+            return ops.row_norms(base.whole(), a, b, scaling)
         read = base.reader()
         squares, products = _read_once(base, read, a)
         scaled = b.double() * scaling

@@ -204,7 +204,12 @@ class QLoRALinear(FusedLayer):
 
     def _base_rows(self) -> BaseRows:
         shape = self.out_features, self.in_features
-        return BaseRows(shape, torch.float32, lambda: self.weight.row_reader(torch.float32))
+        return BaseRows(
+            shape,
+            torch.float32,
+            lambda: self.weight.row_reader(torch.float32),
+            lambda: self.weight.dequantize(torch.float32),
+        )
 
     def _product(
         self,

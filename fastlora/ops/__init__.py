@@ -2,6 +2,7 @@
 
 from .linear import lora_backward, lora_forward
 from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
+from .norms import row_norms
 from .raw import down, gemm, mask, wgrad
 from .segments import (
     segment_bounds,
@@ -26,6 +27,7 @@ __all__ = [
     "nf4_linear",
     "quantize",
     "quantize_scales",
+    "row_norms",
     "segment_bounds",
     "segment_down",
     "segment_gemm",

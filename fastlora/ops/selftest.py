@@ -7,7 +7,7 @@ import time
 import torch
 
 from .. import reference
-from . import nf4, raw, segments, support
+from . import nf4, norms, raw, segments, support
 
 
 def _error(got: torch.Tensor, truth: torch.Tensor) -> float:
@@ -84,6 +84,11 @@ def _segment_wgrad(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.T
     return _error(got, truth)
 
 
+def _row_norms(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    truth = reference.row_norms(w.double(), a.double(), b.double(), None, 0.5)
+    return _error(norms.row_norms(w, a, b, 0.5), truth)
+
+
 _CHECKS = {
     "mask": _mask,
     "down": _down,
@@ -95,6 +100,7 @@ _CHECKS = {
     "segment_down": _segment_down,
     "segment_up": _segment_up,
     "segment_wgrad": _segment_wgrad,
+    "row_norms": _row_norms,
 }
 
 

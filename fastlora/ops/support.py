@@ -20,7 +20,7 @@ import torch
 from .. import _library, switches
 
 SEGMENT_OPS = ("segment_bounds", "segment_down", "segment_up", "segment_wgrad")
-OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize", *SEGMENT_OPS)
+OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize", *SEGMENT_OPS, "row_norms")
 BACKENDS = ("cuda", "triton", "torch")
 MAX_RANK = 512
 

@@ -130,3 +130,12 @@ def dequantize(codes: Tensor, scales: Sequence[Tensor], form: Form, dtype: torch
 
 def _in_library(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and _library.load(device)
+
+
+def row_norms(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | None, scale: float
+) -> Tensor:
+    """``reference.row_norms``."""
+    count("row_norms", "torch")
+    with _autocast_off(weight):
+        return reference.row_norms(weight, lora_a, lora_b, scaling, scale)

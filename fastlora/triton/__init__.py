@@ -7,6 +7,7 @@ from .gemm import gemm, segment_gemm
 from .mask import mask
 from .nf4 import dequantize, quantize
 from .nf4_linear import dx as nf4_dx
+from .norms import row_norms
 from .segment_wgrad import wgrad as segment_wgrad
 from .segments import down as segment_down
 from .segments import up as segment_up
@@ -20,6 +21,7 @@ __all__ = [
     "nf4_dx",
     "nf4_linear",
     "quantize",
+    "row_norms",
     "segment_bounds",
     "segment_down",
     "segment_gemm",

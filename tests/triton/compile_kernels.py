@@ -23,6 +23,7 @@ from fastlora.triton import (
     gemm,
     launch,
     nf4_linear,
+    norms,
     segment_bounds,
     segment_down,
     segment_gemm,
@@ -116,6 +117,10 @@ def main() -> None:
         elif op == "gemm":
             gemm(x, w, h, b, None, None)
             gemm(x, w.t(), h, a.t(), None, words)
+        elif op == "norms":
+            for weight in (w, w[:100, :200]):
+                rows, cols = weight.shape
+                norms.row_norms(weight, a[:, :cols], b[:rows], None, 0.5)
         elif op == "nf4":
             for nested, rows in ((0, 16), (256, 64)):
                 weight = codes, scales if nested else scales[1:2], Form(n, k, 64, nested, False)

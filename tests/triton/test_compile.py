@@ -19,7 +19,7 @@ SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # 
     [
         *(
             (op, cap, "bfloat16")
-            for op in ("down", "gemm", "nf4", "segments", "wgrad")
+            for op in ("down", "gemm", "nf4", "norms", "segments", "wgrad")
             for cap in SHARED
         ),
         ("segments", 90, "float32"),

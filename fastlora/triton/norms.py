@@ -1,0 +1,73 @@
+"""row_norms: ||W_n + s B_n A|| for every row n [N], fp32, DoRA's.
+
+A program takes BN rows. It reads them once, BK columns at a time, makes the same columns of s B A beside them in registers, and
+sums the squares of what both are together: nothing of size [N, K] is written, and rows where the two cancel lose no digits, as
+sums of |W|^2, W . BA and |BA|^2 would. Products in fp32 (no TF32), squares in fp64, which no scaling overflows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._counters import count
+from . import launch
+from .gemm import load_tile
+
+
+@triton.jit
+def _row_norms_kernel(
+    w, a, b, scaling, out,
+    N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, scale,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, SCALING: tl.constexpr, EVEN: tl.constexpr,
+    CHAIN: tl.constexpr,
+):  # fmt: skip
+    launch.enter_chain(CHAIN)
+    row0 = tl.program_id(0) * BN
+    if SCALING:
+        scale = scale * tl.load(scaling).to(tl.float32)
+    total = tl.zeros((BN,), tl.float64)
+    for k0 in range(0, K, BK):
+        update = tl.zeros((BN, BK), tl.float32)
+        for r0 in tl.static_range(0, RP, BR):
+            b_tile = load_tile(b, row0, r0, N, R, stride_bn, stride_br, BN, BR, False).to(
+                tl.float32
+            )
+            a_tile = load_tile(a, r0, k0, R, K, stride_ar, stride_ak, BR, BK, False).to(tl.float32)
+            update = tl.dot(b_tile, a_tile, update, input_precision="ieee")
+        w_tile = load_tile(w, row0, k0, N, K, stride_wn, stride_wk, BN, BK, EVEN).to(tl.float32)
+        both = (w_tile + update * scale).to(tl.float64)
+        total += tl.sum(both * both, axis=1)
+    n = row0 + tl.arange(0, BN)
+    tl.store(out + n, tl.sqrt(total).to(tl.float32), mask=n < N)
+
+
+def row_norms(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | None, scale: float
+) -> Tensor:
+    """``reference.row_norms`` on Triton: weight [N, K] of any strides, A [r, K], B [N, r] -> fp32 [N]."""
+    n, k = weight.shape
+    out = torch.empty(n, dtype=torch.float32, device=weight.device)
+    count("row_norms", "triton")
+    if n == 0:
+        return out
+    rank = lora_a.shape[0]
+    bn, bk, br = 16, 128, launch.pick(rank, (16, 32))
+    launch.run(
+        _row_norms_kernel,
+        (launch.cdiv(n, bn),),
+        weight.device,
+        (
+            weight, lora_a, lora_b, scaling, out,
+            n, k, rank, *weight.stride(), *lora_a.stride(), *lora_b.stride(), float(scale),
+        ),
+        dict(
+            BN=bn, BK=bk, BR=br, RP=launch.cdiv(rank, br) * br, SCALING=scaling is not None,
+            EVEN=n % bn == 0 and k % bk == 0,
+        ),
+        4,
+        3,
+    )  # fmt: skip
+    return out
