@@ -124,6 +124,19 @@ def test_names_of_fastlora_exist(page: Path) -> None:
         assert hasattr(fastlora, name), name
 
 
+def test_the_features_name_every_configuration_page_and_test() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Methods") : text.index("## What is supported")]
+    rows = [line for line in section.splitlines() if "](docs/" in line and line.startswith("|")]
+    assert all("](tests/" in row or "the same" in row for row in rows)
+    named = set(re.findall(r"\w+Config", section))
+    made_by_methods = {n for n in fastlora.__all__ if n.endswith("Config")}
+    settings_of_lora = {"EvaConfig", "LoftQConfig", "PeftConfig"}
+    assert named == made_by_methods - settings_of_lora
+    pages = set(re.findall(r"\]\(docs/(\w+)\.md", section))
+    assert pages == {page.stem for page in PAGES}
+
+
 @pytest.mark.parametrize(
     ("page", "config"), [("lora", fastlora.LoraConfig), ("bottleneck", fastlora.BottleneckConfig)]
 )
