@@ -36,6 +36,15 @@ def _checkpoints(model: nn.Module) -> bool:
     return False
 
 
+def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    """PEFT's mixed batches; many a transformers model takes the keyword and does nothing with it."""
+    if kwargs.pop("adapter_names", None) is not None:
+        raise NotImplementedError(
+            "adapter_names: fastlora's PeftModel runs a batch with the active adapters; set_adapter before each part, or use "
+            "fastlora.lora_linear_segments, whose rows have adapters of their own"
+        )
+
+
 class AdaptedModel(_Delegate):
     """The middle level that gives parameters PEFT's names: ``base_model.model.<name>``."""
 
@@ -93,10 +102,12 @@ class PeftModel(Adapters, _Delegate):
         return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse_adapter_names(kwargs)
         return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate``, with this object's ``generation_config`` if it has one."""
+        _refuse_adapter_names(kwargs)
         if "generation_config" in self.__dict__:
             kwargs.setdefault("generation_config", self.__dict__["generation_config"])
         return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]

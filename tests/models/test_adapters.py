@@ -85,6 +85,14 @@ def test_a_new_adapter_waits_until_it_is_set() -> None:
     assert not torch.equal(logits(model, ids), before)
 
 
+def test_pefts_mixed_batches_are_refused_rather_than_ignored() -> None:
+    model, ids = own(), some_ids()
+    for call in (model, model.generate):
+        with pytest.raises(NotImplementedError, match="lora_linear_segments"):
+            call(ids, adapter_names=["a", "b"])
+    assert torch.equal(model(ids, adapter_names=None).logits, logits(model, ids))
+
+
 def test_one_base_in_memory() -> None:
     base = tiny_llama()
     weights = {id(p) for p in base.parameters()}
