@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.linear import is_eager
+
 _SLAB = 1 << 22  # elements of dY * z that exist at once
 
 
@@ -54,7 +56,9 @@ class ColumnScaleFunction(torch.autograd.Function):
 
 def _scaled(z: Tensor, factor: Tensor, rest: Tensor | None) -> Tensor:
     """rest + factor * z in z's dtype, rounded once, with nothing of z's size made in the factor's."""
-    if torch.compiler.is_compiling():  # which fuses, and torch.export takes no out=
+    if not is_eager(
+        z
+    ):  # a compiler fuses, and does not trace out= right everywhere (torch 2.11: wrong gradients)
         y = z * factor if rest is None else torch.addcmul(rest, z, factor)
         return y.to(z.dtype)
     y = torch.empty_like(z)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.linear import is_eager
+
 
 class ScaleFunction(torch.autograd.Function):
     """Inputs: x [..., N] and l [N], any float dtypes; y has x's."""
@@ -40,7 +42,13 @@ class ScaleFunction(torch.autograd.Function):
 
 def _times(x: Tensor, l: Tensor) -> Tensor:
     """x * l in the wider dtype, rounded to x's on the way out."""
-    return torch.mul(x, l, out=torch.empty_like(x)) if x.dtype != l.dtype else x * l
+    if x.dtype == l.dtype:
+        return x * l
+    if not is_eager(
+        x
+    ):  # compilers fuse, and do not trace out= right everywhere (torch 2.11: wrong gradients)
+        return (x * l).to(x.dtype)
+    return torch.mul(x, l, out=torch.empty_like(x))
 
 
 def scale(x: Tensor, l: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import AdapterLayer, LoRALayer, LoRALinear, QLoRALinear, TrainableCopy
-from ..methods import PeftConfig
+from ..layers import AdapterLayer, LoRALinear, QLoRALinear, TrainableCopy
+from ..layers.fused import FusedLayer
+from ..methods import LoraConfig, PeftConfig
 from ..models.entry import plan
 from ..models.merge import MergeReport
 from ..models.peft_model import PeftModel
@@ -75,7 +76,7 @@ def merge_checkpoint(
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source}: no config.json there; give the folder of a model")
     folder = find_folder(Path(adapter), "default")
-    config = PeftConfig.from_pretrained(folder)
+    config = _mergeable(PeftConfig.from_pretrained(folder))
     raw: dict[str, Any] = json.loads((source / "config.json").read_text())
     model = _on_meta(source, config, raw)
     conversion, tied = Conversion(model), _tied_keys(model)
@@ -109,7 +110,25 @@ def merge_checkpoint(
     return reports
 
 
-def _on_meta(source: Path, config: PeftConfig, raw: dict[str, Any]) -> nn.Module:
+def _mergeable(config: PeftConfig) -> LoraConfig:
+    """``config``, if what it adapts are weights of modules, as W + s B A."""
+    other = None
+    if not isinstance(config, LoraConfig):
+        other = f"peft_type: is {config.peft_type}"
+    else:
+        for field in ("target_parameters", "trainable_token_indices"):
+            if getattr(config, field):
+                other = f"{field}: got {getattr(config, field)!r}"
+    if other is not None:
+        raise NotImplementedError(
+            f"{other}; merged into files is LoRA of whole modules. What else can be merged is in a model: load_adapter, "
+            "merge_and_unload() and save_pretrained"
+        )
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def _on_meta(source: Path, config: LoraConfig, raw: dict[str, Any]) -> nn.Module:
     import transformers
 
     of_model: Any = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
@@ -133,10 +152,9 @@ def _tied_keys(model: Any) -> tuple[str, str] | None:
     return f"{names[id(ends[0])]}.weight", f"{names[id(ends[1])]}.weight"
 
 
-def _with_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+def _with_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
     config = copy.deepcopy(config)
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # no values are drawn; PiSSA would look for the weight's
+    config.init_lora_weights = True  # no values are drawn; PiSSA would look for the weight's
     injection = plan(model, config)
     injection.apply()
     return injection.wrap()
@@ -184,10 +202,10 @@ class _Work:
         live, device = _alive(name, layer, base), base[f"{name}.weight"].device
         for entry in layer.adapter_tensors("default").values():
             _assign(live, entry.key, self._values[f"{name}.{entry.key}"].to(device))
-        if not isinstance(live, LoRALayer):
-            raise NotImplementedError(f"a {type(live).__name__} is not merged into files")
         made = live.merged_weight()
         merged: dict[str, Any] = {**base, f"{name}.weight": made.weight}
+        if f"{name}.bias" in base and isinstance(live, FusedLayer):
+            merged[f"{name}.bias"] = live.merged_bias()
         return merged, MergeReport(name, made.error, made.update)
 
 

@@ -68,6 +68,6 @@ def row_norms(
             EVEN=n % bn == 0 and k % bk == 0,
         ),
         4,
-        3,
+        3 if rank <= 64 else 1,  # what is loaded ahead is as long as the rank
     )  # fmt: skip
     return out

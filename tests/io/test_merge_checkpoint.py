@@ -37,7 +37,7 @@ def adapter(base: Path, folder: Path, **config: Any) -> Path:
     randomize_adapters(theirs)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad and "lora" not in name:
+            if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     theirs.save_pretrained(folder)
     return folder
@@ -68,6 +68,9 @@ def load(folder: Path) -> Any:
         {"modules_to_save": ["norm"]},
         {"bias": "all"},
         {"target_modules": [*TARGETS, "lm_head"]},
+        {"use_dora": True},
+        {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
+        {"target_modules": [*TARGETS, "embed_tokens"]},
     ],
     ids=str,
 )
@@ -203,6 +206,25 @@ def test_what_cannot_be_merged_writes_nothing(tmp_path: Path) -> None:
             merge_checkpoint(source, what, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (fastlora.IA3Config(), "IA3"),
+        (fastlora.LNTuningConfig(), "LN_TUNING"),
+        (fastlora.PfeifferConfig(), "BOTTLENECK"),
+        (fastlora.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
+        (fastlora.LoraConfig(target_modules=TARGETS, trainable_token_indices=[3]), "trainable_tok"),
+        (fastlora.LoraConfig(target_parameters=["q_proj.weight"]), "target_parameters"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_methods_are_refused_by_name(config: Any, message: str, tmp_path: Path) -> None:
+    fastlora.save_adapter(fastlora.get_peft_model(tiny_llama(), config), tmp_path / "adapter")
+    with pytest.raises(NotImplementedError, match=message):
+        merge_checkpoint(saved(tmp_path), tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(fastlora_cli: Any, tmp_path: Path) -> None:
