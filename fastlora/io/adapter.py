@@ -32,6 +32,7 @@ from ..layers import AdapterLayer
 from ..layers.adapter import AdapterTensor, check_adapter_name
 from ..layers.embedding import LoRAEmbedding
 from ..layers.fused import FusedLayer
+from ..layers.inits import changes_base_weight
 from ..layers.plain import FLOATS
 from ..methods import PeftConfig
 from ..methods.adapters_layout import PICKLE_NAME
@@ -288,6 +289,16 @@ def _check_same_method(
                 f"{adapter_name!r} has {ours!r}; build the model with "
                 "fastlora.PeftConfig.from_pretrained(path)"
             )
+    inits = [getattr(one, "init_lora_weights", True) for one in (own, config)]
+    if inits[0] != inits[1] and any(map(_splits_weight, inits)):
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: has init_lora_weights={inits[1]!r} where the model's adapter {adapter_name!r} has "
+            f"{inits[0]!r}, and one of them took its factors out of the base weight; load into the base model"
+        )
+
+
+def _splits_weight(init: bool | str) -> bool:
+    return changes_base_weight(init) and init != "loftq"
 
 
 # Reading: everything is checked before anything is copied.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..layers import AdapterLayer, LoRALayer
+from ..layers.inits import changes_base_weight
 from ..methods import LoraConfig
 from ..methods.checks import check_rank
 from ..methods.matching import pattern_value
@@ -42,9 +43,13 @@ def prepare_hotswap(model: PeftModel, target_rank: int, adapter_name: str = "def
     """
     _lora_config(model, adapter_name)
     check_rank("target_rank", target_rank)
-    model.check_change("prepare_hotswap")
+    model.check_parameters("prepare_hotswap")
     layers = _layers(model, adapter_name)
     for name, layer in layers.items():
+        if layer.lora_A[adapter_name].is_meta:
+            raise ValueError(
+                f"model: {name!r} is on the meta device; give it real parameters first (to_empty)"
+            )
         own = layer.lora_A[adapter_name].shape[0]
         if own > target_rank:
             raise ValueError(
@@ -74,9 +79,15 @@ def hotswap_adapter(
             another dropout, more than A and B. The model is then as it was.
     """
     own = _lora_config(model, adapter_name)
-    model.check_change("hotswap_adapter")
+    model.check_parameters("hotswap_adapter")
     folder = find_folder(Path(path), adapter_name)
     config = LoraConfig.from_pretrained(folder)
+    for init in (own.init_lora_weights, config.init_lora_weights):
+        if changes_base_weight(init):
+            raise ValueError(
+                f"init_lora_weights: {init!r} means a base weight of its own, which is not swapped; convert the adapter first "
+                "(save_pretrained's path_initial_model_for_weight_conversion)"
+            )
     if config.lora_dropout != own.lora_dropout:
         raise ValueError(
             f"lora_dropout: {folder} has {config.lora_dropout}, the adapter in its place {own.lora_dropout}; accepted is the "

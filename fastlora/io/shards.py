@@ -17,7 +17,11 @@ def copy_rest(source: Path, target: Path) -> None:
     """Copy what belongs to a model beside its weights and config.json: tokenizer, generation settings, ..."""
     for path in source.iterdir():
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "config.json":
+        other = path.name in (
+            "config.json",
+            "adapter_config.json",
+        )  # written anew; an adapter's own
+        if path.is_file() and not weights and not other:
             shutil.copyfile(path, target / path.name)
 
 
@@ -31,6 +35,8 @@ class Shards:
         self._bytes = self._total = 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:
+            return
         size = sum(t.nbytes for t in tensors.values())
         if self._now and self._bytes + size > self._most:
             self._write()

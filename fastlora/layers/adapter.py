@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+# Adapters are attributes of these, beside what such a module has itself.
+_TAKEN = {*dir(nn.ParameterDict()), *dir(nn.ModuleDict()), "weight", "bias", "base_layer", "__base__"}
 
 
 def check_adapter_name(name: str) -> str:
     """``name`` if it can be both a parameter name and a folder name; ValueError otherwise."""
-    valid = (
-        isinstance(name, str)
-        and _NAME.fullmatch(name)
-        and name not in ("weight", "bias", "base_layer")
-    )
-    if not valid or hasattr(nn.ParameterDict, name):
+    valid = isinstance(name, str) and _NAME.fullmatch(name) and name not in _TAKEN
+    if not valid:
         raise ValueError(
             f"adapter_name: got {name!r}; accepted are letters, digits, '_' and '-' (it becomes "
             "part of parameter and folder names), but for 'weight', 'bias', 'base_layer' and the "
@@ -118,8 +116,8 @@ class AdapterLayer(nn.Module):
         self.adapters_enabled = enabled
 
     def acting_adapters(self) -> list[str]:
-        """The adapters that act in forward: none while they are off or merged."""
-        if not self.adapters_enabled or self.merged_adapters:
+        """The adapters that act in forward: none while they are off or merged, or while a mixed batch names others."""
+        if not self.adapters_enabled or self.merged_adapters or self.mixed is not None:
             return []
         present = self.adapters
         return [name for name in self.active_adapters if name in present]

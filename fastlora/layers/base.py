@@ -305,7 +305,7 @@ class LoRALayer(AdapterLayer):
 
     def acting_adapters(self) -> list[str]:
         """The adapters that forward adds to the base: none while they are off or merged."""
-        if not self.adapters_enabled or self.merged_adapters:
+        if not self.adapters_enabled or self.merged_adapters or self.mixed is not None:
             return []
         # Not of the ranks: hot-swapping writes those, which a compiled model must not look at.
         return [name for name in self.active_adapters if name in self.lora_A]

@@ -27,6 +27,11 @@ def rank_for_share(model: nn.Module, config: LoraConfig, share: float) -> int:
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"share: got {share!r}; accepted is above 0 and below 1")
+    for field, plain in (("modules_to_save", None), ("bias", "none")):
+        if getattr(config, field) not in (plain, []):
+            raise ValueError(
+                f"share: counts the factors of LoRA alone, and {field}={getattr(config, field)!r} trains more; give r"
+            )
     config = dataclasses.replace(config, target_modules=resolve_targets(config, model))
     sizes = {
         name: features
@@ -38,6 +43,7 @@ def rank_for_share(model: nn.Module, config: LoraConfig, share: float) -> int:
     fixed = sum(
         pattern_value(config.rank_pattern, name, 0) * (k + n) for name, (k, n) in sizes.items()
     )
+    fixed += sum(n * (config.use_dora + config.lora_bias) for _, n in sizes.values())
     a_rank = sum(k + n for name, (k, n) in sizes.items() if not pattern_value(config.rank_pattern, name, 0))  # fmt: skip
     base = _count(model.parameters()) + sum(
         m.shape.numel() - _count(m.parameters())

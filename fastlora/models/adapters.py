@@ -59,9 +59,17 @@ class Adapters(nn.Module):
             )
 
     def check_change(self, what: str) -> None:
-        """ValueError if the adapters cannot be changed now: they are merged."""
+        """ValueError if the adapters cannot be changed now: they are merged, or a mixed batch is going on."""
         for layer in self.adapter_layers():
+            if layer.mixed is not None:
+                raise ValueError(f"{what}: a mixed batch is going on; leave mixed_batch() first")
             layer.check_change(what)
+
+    def check_parameters(self, what: str) -> None:
+        """``check_change``, and ValueError if FSDP holds the adapters' Parameters, which can be neither replaced nor
+        written then."""
+        self.check_change(what)
+        merge.check_not_under_fsdp(self, what)
 
     def add_adapter(
         self,
@@ -110,7 +118,7 @@ class Adapters(nn.Module):
         from .entry import own_config
 
         config = own_config(peft_config)
-        self.check_change("add_adapter")
+        self.check_parameters("add_adapter")
         if adapter_name in self._configs:
             raise ValueError(
                 f"adapter_name: {adapter_name!r} exists already; delete_adapter it first, or choose another name"
@@ -159,7 +167,7 @@ class Adapters(nn.Module):
             ValueError: there is no such adapter, or adapters are merged.
         """
         self._check_known(adapter_name)
-        self.check_change("delete_adapter")
+        self.check_parameters("delete_adapter")
         left = [name for name in self._configs if name != adapter_name]
         active = [name for name in self._active if name != adapter_name] or left[:1]
         if left and active[0] not in self._active:
@@ -190,7 +198,7 @@ class Adapters(nn.Module):
                 as it was.
         """
         self._check_known(adapter_name)
-        self.check_change("rename_adapter")
+        self.check_parameters("rename_adapter")
         if check_adapter_name(new_name) in self._configs:
             raise ValueError(f"new_name: adapter {new_name!r} exists already; choose another name")
         for layer in self.adapter_layers():
@@ -266,14 +274,14 @@ class Adapters(nn.Module):
                 they train with different dropouts.
         """
         batch = self._mixed(list(adapter_names), repeats)
-        layers = list(self.adapter_layers())
-        for layer in layers:
+        before = [(layer, layer.mixed) for layer in self.adapter_layers()]
+        for layer, _ in before:
             layer.mixed = batch
         try:
             yield
         finally:
-            for layer in layers:
-                layer.mixed = None
+            for layer, outer in before:
+                layer.mixed = outer
 
     def _mixed(self, names: list[str], repeats: int) -> MixedBatch:
         if not names:
@@ -281,7 +289,8 @@ class Adapters(nn.Module):
         batch = MixedBatch(names, repeats)
         for name in batch.adapters:
             self._check_known(name)
-        self.check_change("adapter_names")
+        for layer in self.adapter_layers():
+            layer.check_change("adapter_names")
         for place, layer in self.get_base_model().named_modules():
             if not isinstance(layer, AdapterLayer):
                 continue
@@ -360,6 +369,7 @@ class Adapters(nn.Module):
                 as it was.
         """
         self._check_active(adapter_names)
+        self.check_change("merge_adapter")
         merge.check_not_sharded(self)
         return merge.merge(self.get_base_model())
 

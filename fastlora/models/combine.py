@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from torch import Tensor
 from ..layers import LoRALayer, TrainableCopy
 from ..methods import LoraConfig
 from ..methods.checks import check_choice, check_finite
+from ..methods.matching import base_view, shortest_names
 from ..ops.support import MAX_RANK
 from .adapters import Adapters
 
@@ -94,7 +94,11 @@ def add_weighted_adapter(
         lora_alpha=rank,
         use_rslora=False,
         init_lora_weights=True,
-        target_modules=_union(configs),
+        eva_config=None,
+        target_modules=_targets(model, adapters),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         modules_to_save=None,
         rank_pattern={},
         alpha_pattern={},
@@ -176,16 +180,15 @@ def _rank(kind: str, ranks: list[int], svd_rank: int | None) -> int:
     return rank
 
 
-def _union(configs: list[LoraConfig]) -> list[str] | str:
-    """What any of them targets."""
-    targets = [config.target_modules for config in configs]
-    if all(not isinstance(target, str) for target in targets):
-        return list(dict.fromkeys(name for target in targets for name in target or ()))
-    patterns = [
-        target if isinstance(target, str) else rf"(.*\.)?({'|'.join(map(re.escape, target or ()))})"
-        for target in targets
+def _targets(model: Adapters, adapters: list[str]) -> list[str]:
+    """The modules that any of them adapts."""
+    view = base_view(model.get_base_model())
+    found = [
+        name
+        for name, layer in view.items()
+        if isinstance(layer, LoRALayer) and any(adapter in layer.r for adapter in adapters)
     ]
-    return "|".join(f"({pattern})" for pattern in dict.fromkeys(patterns))
+    return shortest_names(found, view)
 
 
 # One layer.

@@ -224,8 +224,11 @@ class Injection(Generic[Config]):
             if isinstance(module, TrainableCopy):
                 self._growths.append(_Growth(module, self._another_copy(module)))
                 continue
-            if isinstance(module, AdapterLayer) and module.adapters:
-                raise ValueError(f"modules_to_save: {name!r} has adapters already")
+            if any(isinstance(m, AdapterLayer) and m.adapters for m in module.modules()):
+                raise ValueError(
+                    f"modules_to_save: {name!r} has other adapters in it, which a copy of it would have too; leave it out, or "
+                    "start from the base model"
+                )
             if isinstance(module, _CONTAINERS):
                 raise ValueError(
                     f"modules_to_save: matches {name!r}, a {kind}, which has no forward of its own "

@@ -207,7 +207,7 @@ class LoraInjection(PartsInjection):
 
     def _plan_growth(self, name: str, layer: AdapterLayer) -> None:
         init = self.config.init_lora_weights
-        if changes_base_weight(init) and layer.adapters:
+        if changes_base_weight(init) and (layer.adapters or not isinstance(layer, QLoRALinear)):
             raise ValueError(
                 f"init_lora_weights: {init!r} would change the base weight under the adapters {layer.adapters}; use "
                 "it for the first adapter, and True here"

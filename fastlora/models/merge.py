@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..layers import AdapterLayer, TiedTokens, TrainableCopy
-from ..layers.merging import Mergeable, Merged
+from ..layers.merging import Mergeable, Merged, is_sharded
 from ..layers.plain import FLOATS
 
 _NOTICEABLE = 0.1  # of an update: what rounding may take of it without a warning
@@ -68,6 +68,18 @@ def check_not_sharded(model: nn.Module) -> None:
         if id(layer) in sharded and isinstance(layer, Mergeable) and layer.acting_adapters():
             raise ValueError(
                 f"module {name!r}: weight: is sharded, or gathered by FSDP for a while; merge before fully_shard"
+            )
+
+
+def check_not_under_fsdp(model: nn.Module, what: str) -> None:
+    """ValueError if FSDP keeps an adapter layer's Parameters."""
+    sharded = _under_fsdp(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdapterLayer) and (
+            id(layer) in sharded or any(map(is_sharded, layer.parameters()))
+        ):
+            raise ValueError(
+                f"{what}: module {name!r} is sharded, or FSDP's to shard; do it before fully_shard"
             )
 
 

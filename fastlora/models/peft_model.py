@@ -84,6 +84,8 @@ class PeftModel(Adapters, _Delegate):
 
     @property
     def active_adapter(self) -> str:
+        if not self._active:
+            raise ValueError("active_adapter: all adapters are deleted; add_adapter first")
         return self._active[0]
 
     @property

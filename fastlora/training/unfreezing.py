@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-_LAYER = re.compile(r"\.(\d+)\.")
+_LAYER = re.compile(r"(.*?\.)(\d+)\.")
 
 
 class Unfreezing:
@@ -18,21 +18,27 @@ class Unfreezing:
     layer) trains from the start. 0: everything trains at once.
 
     Args:
-        parameters: name -> parameter, in the model's order; the first number in a name is its layer.
+        parameters: name -> parameter, in the model's order; a layer's number is the first in its name, behind the prefix that most
+            numbers follow (a head may be numbered inside as well).
         share: in [0, 1].
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], share: float) -> None:
-        found = {name: _LAYER.search(name) for name in parameters}
-        layers = sorted({int(match[1]) for match in found.values() if match})
+        found = {name: _LAYER.match(name) for name in parameters}
+        numbers: dict[str, set[int]] = {}
+        for named in filter(None, found.values()):
+            numbers.setdefault(named[1], set()).add(int(named[2]))
+        prefix = max(numbers, key=lambda prefix: len(numbers[prefix]), default="")
+        layers = sorted(numbers.get(prefix, ()))
         rank = {layer: i for i, layer in enumerate(layers)}
         self._starts: list[tuple[float, nn.Parameter]] = []
         before = True  # the first layer
         for name, parameter in parameters.items():
             match = found[name]
+            match = match if match is not None and match[1] == prefix else None
             before = before and match is None
             if match is not None:
-                start = share * (len(layers) - 1 - rank[int(match[1])]) / len(layers)
+                start = share * (len(layers) - 1 - rank[int(match[2])]) / len(layers)
             else:
                 start = share if before and layers else 0.0
             self._starts.append((start, parameter))

@@ -152,6 +152,35 @@ def test_ranks_that_are_given_stay() -> None:
         assert (trained / total <= 0.15) == within
 
 
+@pytest.mark.parametrize("more", [{"modules_to_save": ["head"]}, {"bias": "all"}], ids=str)
+def test_what_trains_beside_the_factors_has_no_share(more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="trains more"):
+        rank_for_share(plain_net(), LoraConfig(target_modules=["up"], **more), 0.3)
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_magnitudes_and_biases_count(field: str) -> None:
+    settings = {"target_modules": ["up", "down"], field: True}
+    rank = rank_for_share(plain_net(), LoraConfig(**settings), 0.2)
+    for r, within in ((rank, True), (rank + 1, False)):
+        model = fastlora.get_peft_model(plain_net(), LoraConfig(r=r, **settings))
+        trained, total = model.get_nb_trainable_parameters()
+        assert (trained / total <= 0.2) == within
+
+
+def test_numbers_inside_a_head_are_no_layers() -> None:
+    names = [
+        "layers.0.a",
+        "layers.1.a",
+        "layers.2.a",
+        "head.modules_to_save.1.0.weight",
+        "head.modules_to_save.1.1.weight",
+    ]
+    parameters = {f"model.{name}": nn.Parameter(torch.zeros(1)) for name in names}
+    Unfreezing(parameters, 1.0).at(0.0)
+    assert [p.requires_grad for p in parameters.values()] == [False, False, True, True, True]
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan"), 1e-6])
 def test_shares_that_cannot_be(share: float) -> None:
     with pytest.raises(ValueError, match="share"):

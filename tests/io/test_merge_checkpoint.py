@@ -249,3 +249,13 @@ def fastlora_cli() -> Any:
     from fastlora.cli.app import app
 
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_a_shard_that_is_full_is_not_followed_by_an_empty_one(tmp_path: Path) -> None:
+    from fastlora.io.shards import Shards
+
+    shards = Shards(tmp_path, 10)
+    shards.add({"w": torch.zeros(8)})
+    shards.add({})
+    shards.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -315,3 +315,79 @@ def test_a_classifier_that_stock_peft_saved(tmp_path: Path) -> None:
     ours = fastlora.load_adapter(base, tmp_path)
     ids = some_ids()
     close(logits(ours, ids), logits(theirs.eval(), ids))
+
+
+def test_a_copy_of_what_holds_other_adapters_is_refused() -> None:
+    model = fastlora.get_peft_model(tiny_llama(), LoraConfig(target_modules=["up_proj"]), "a")
+    with pytest.raises(ValueError, match="has other adapters in it"):
+        model.add_adapter("b", LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]))
+    assert sorted(model.peft_config) == ["a"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_inits_that_change_the_base_are_for_a_base(init: str) -> None:
+    model, ids = own(), some_ids()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.delete_adapter("a")
+        model.delete_adapter("b")
+    before = logits(model, ids)
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        model.add_adapter("p", LoraConfig(**{**A, "init_lora_weights": init}))
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_factors_of_a_weight_are_not_read_over_another_base(tmp_path: Path) -> None:
+    split = fastlora.get_peft_model(tiny_llama(), LoraConfig(**A, init_lora_weights="pissa"))
+    fastlora.save_adapter(split, tmp_path)
+    model = fastlora.get_peft_model(tiny_llama(), LoraConfig(**A))
+    ids = some_ids()
+    before = logits(model, ids)
+    for read in (fastlora.load_adapter, fastlora.hotswap_adapter):
+        with pytest.raises(ValueError, match="init_lora_weights"):
+            read(model, tmp_path)
+        assert torch.equal(logits(model, ids), before)
+    again = fastlora.load_adapter(tiny_llama(), tmp_path)
+    close(logits(again, ids), logits(tiny_llama(), ids))
+
+
+@pytest.mark.parametrize(
+    "name", ["training", "_keys", "forward", "keys", "weight", "a.b", "", "__base__"]
+)
+def test_names_that_cannot_be_attributes(name: str) -> None:
+    with pytest.raises(ValueError, match="adapter_name"):
+        fastlora.get_peft_model(plain_net(), LoraConfig(target_modules=["up"]), name)
+
+
+def test_without_adapters_there_is_no_active_one() -> None:
+    model = fastlora.get_peft_model(plain_net(), LoraConfig(target_modules=["up"]))
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="deleted"):
+        _ = model.active_adapter
+
+
+def test_parameters_of_fsdp_are_neither_replaced_nor_written(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model = fastlora.get_peft_model(plain_net(), LoraConfig(r=2, target_modules=["up"]))
+    randomize_adapters(model)
+    fastlora.save_adapter(model, tmp_path)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+        for change in (
+            lambda: fastlora.prepare_hotswap(model, 4),
+            lambda: fastlora.hotswap_adapter(model, tmp_path),
+            lambda: model.rename_adapter("default", "z"),
+            lambda: model.delete_adapter("default"),
+            lambda: model.add_adapter("b", LoraConfig(r=2, target_modules=["up"])),
+        ):
+            with pytest.raises(ValueError, match="fully_shard"):
+                change()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.full_tensor(), before[name])
+        logits(model, some_ids()).sum().backward()
+    finally:
+        dist.destroy_process_group()

@@ -245,3 +245,23 @@ def test_svd_never_makes_an_update() -> None:
     with Watch():
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "svd", svd_rank=5, svd_clamp=0.99)
     assert 0 < largest <= 5 * (300 + 200)
+
+
+@pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
+@pytest.mark.parametrize(
+    "narrow",
+    [
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+        {"exclude_modules": ["layers.1.up"]},
+    ],
+    ids=str,
+)
+def test_modules_that_one_adapter_leaves_out_have_the_others_update(
+    narrow: dict[str, Any], order: list[str]
+) -> None:
+    model = fastlora.get_peft_model(plain_net(), LoraConfig(target_modules=["up"], **narrow), "a")
+    model.add_adapter("b", LoraConfig(target_modules=r".*\.(up|down)"))
+    randomize_adapters(model)
+    model.add_weighted_adapter(order, [1.0, 1.0], "sum")
+    for name in NAMES[:4]:
+        torch.testing.assert_close(delta(model, name, "sum"), exact(model, name, order, [1.0, 1.0]), rtol=1e-5, atol=1e-6)  # fmt: skip

@@ -177,3 +177,29 @@ def test_one_grouped_product_a_linear_and_no_loop() -> None:
     model(ids, adapter_names=ORDERS["mixed"])
     ran = fastlora.launches()
     assert sum(n for (op, _), n in ran.items() if op == "segment_down") == linears
+
+
+def test_copies_of_an_adapter_that_is_not_in_the_batch_do_not_act() -> None:
+    model = fastlora.get_peft_model(tiny_llama(), LoraConfig(**A, modules_to_save=["norm"]), "c")
+    model.add_adapter("a", LoraConfig(**A))
+    randomize_adapters(model)
+    with torch.no_grad():
+        model.get_base_model().model.norm.modules_to_save["c"].weight.fill_(9.0)
+    ids = some_ids(rows=2)
+    out = model(ids, adapter_names=["__base__", "a"]).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(out[0], logits(model, ids)[0], rtol=1e-4, atol=1e-5)
+    model.set_adapter("a")
+    torch.testing.assert_close(out[1], logits(model, ids)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_an_inner_batch_gives_the_outer_one_back() -> None:
+    model, ids = made(), some_ids(rows=2)
+    with model.mixed_batch(["b", "__base__"]):
+        before = logits(model, ids)
+        model(ids, adapter_names=["a", "a"])
+        assert torch.equal(logits(model, ids), before)
+        for change in (model.merge_adapter, lambda: model.delete_adapter("b")):
+            with pytest.raises(ValueError, match="mixed batch"):
+                change()
+    assert sorted(model.peft_config) == ["a", "b"]
