@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 # Adapters are attributes of these, beside what such a module has itself.
-_TAKEN = {*dir(nn.ParameterDict()), *dir(nn.ModuleDict()), "weight", "bias", "base_layer", "__base__"}
+_TAKEN = {
+    *dir(nn.ParameterDict()),
+    *dir(nn.ModuleDict()),
+    "weight",
+    "bias",
+    "base_layer",
+    "__base__",
+}
 
 
 def check_adapter_name(name: str) -> str:

@@ -240,3 +240,22 @@ def test_the_tables_words() -> None:
     text = markdown([row], FinetuneConfig(model="a/base", data="b/task.txt").to_json())
     assert "base on task.txt: 7 steps of 4 x 1 blocks of 1024 tokens" in text
     assert "--watch FILE gives it" in text
+
+
+def test_a_peak_is_a_process_own() -> None:
+    """Not inherited from a large one that started it."""
+    import subprocess
+    import sys
+
+    held = torch.ones(100_000_000)  # 400 MB beside what torch takes
+    script = (
+        "import torch\nfrom fastlora.training.display import peak_memory\n"
+        "print(peak_memory(torch.device('cpu')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    from fastlora.training.display import peak_memory
+
+    assert int(found.stdout) < peak_memory(torch.device("cpu")) - 200_000_000
+    assert held.numel()
