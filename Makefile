@@ -60,6 +60,7 @@ bench: $(RUN_READY)  ## the benchmarks; results are for GPUs
 	$(PY) -m benchmarks.bench_kernels
 	$(PY) -m benchmarks.bench_qlora
 	$(PY) -m benchmarks.bench_step
+	$(PY) -m benchmarks.bench_segments
 
 lint: $(DEV_READY)  ## formatting, style, types, layering
 	$(PY) -m ruff check .
