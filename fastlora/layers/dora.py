@@ -1,12 +1,13 @@
 """DoRA (arXiv 2402.09353): W' = m * (W + s B A) / ||W + s B A||, a magnitude m [N] and a direction by rows.
 
-The norm of row n comes from the factors,
+On CUDA the norms are one kernel's (``ops.row_norms``), which makes each tile of s B A where it adds it to W's. Elsewhere the norm of
+row n comes from the factors,
 
     ||W_n + s B_n A||^2 = ||W_n||^2 + 2 s (W A^T)_n . B_n + s^2 B_n (A A^T) B_n^T
 
-so that no [N, K] delta is made: W A^T is [N, r] and A A^T is [r, r]. W is read by slabs, in fp32 (an fp64 base in fp64;
-TF32 where it is allowed); what is summed after that is small, and in fp64, which no scaling overflows. A row whose terms cancel so far that digits
-are lost is done again from W_n + s B_n A itself.
+with W A^T [N, r] and A A^T [r, r]. W is read by slabs, in fp32 (an fp64 base in fp64; TF32 where it is allowed); what is
+summed after that is small, and in fp64, which no scaling overflows. A row whose terms cancel so far that digits are lost is done
+again from W_n + s B_n A itself. Either way no [N, K] delta is made.
 
 It is computed at every forward and kept by nobody. A and B change with every step, and what says so is not to be relied
 on: version counters do not see writes through ``.data``, and FSDP keeps them as they were when it gathers new values.
