@@ -1,7 +1,9 @@
-"""Tiny random transformers models of many architectures, and one way to run them all."""
+"""Tiny random transformers models of many architectures, one way to run them all, and the task that each is for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,17 +56,38 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5ForConditionalGeneration",
         {**_T5, "num_layers": _LAYERS, "num_heads": _HEADS, "decoder_start_token_id": 0},
     ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            **{
+                f"{side}_{name}": value
+                for side in ("encoder", "decoder")
+                for name, value in (
+                    ("layers", _LAYERS),
+                    ("attention_heads", _HEADS),
+                    ("ffn_dim", _INNER),
+                )
+            },
+            "vocab_size": VOCABULARY,
+            "d_model": _WIDTH,
+            "max_position_embeddings": 64,
+            "forced_eos_token_id": None,
+            "decoder_start_token_id": 2,
+        },
+    ),
 }
-TYPES = ("llama", *_KINDS)
+TYPES = ("llama", *(name for name in _KINDS if name != "bart"))
 
 
-def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    """A random two-layer model, 32 wide; the same for the same seed."""
+def tiny(model_type: str, seed: int = 0, head: str = "", **changes: Any) -> Any:
+    """A random two-layer model, 32 wide; the same for the same seed. ``head``: another class of transformers'."""
     import transformers
 
-    if model_type == "llama":
+    if model_type == "llama" and not head:
         return tiny_llama(seed, **changes)
-    config, model, settings = _KINDS[model_type]
+    config, model, settings = _KINDS.get(model_type) or ("LlamaConfig", "", _USUAL)
+    model = head or model
     ends = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(seed)
     full = getattr(transformers, config)(**{**settings, **ends, **changes})
@@ -74,3 +97,32 @@ def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
 def run(model: Any, ids: Tensor) -> Any:
     """The model's outputs for ``ids``, with a loss of predicting them."""
     return model(input_ids=ids, labels=ids)
+
+
+# Wide weights, and an output layer of its own: what is generated then depends on more than the last token.
+_LIVELY = {"initializer_range": 0.2, "init_std": 0.2, "tie_word_embeddings": False}
+_PADDED = {"pad_token_id": 0}
+_LABELS = {"num_labels": 3, **_PADDED}
+
+
+def _causal(model_type: str, **changes: Any) -> tuple[str, Callable[[], Any]]:
+    return "CAUSAL_LM", partial(tiny, model_type, **_LIVELY, **_PADDED, **changes)
+
+
+# name -> the task, and what makes a model for it
+TASKS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "llama": ("CAUSAL_LM", partial(tiny, "llama", initializer_range=0.2)),
+    "gpt2": _causal("gpt2"),
+    "bloom": _causal("bloom"),
+    "opt": _causal("opt"),
+    "mistral": _causal("mistral", sliding_window=6),
+    "t5": ("SEQ_2_SEQ_LM", partial(tiny, "t5", **_PADDED)),
+    "t5-three-layers": ("SEQ_2_SEQ_LM", partial(tiny, "t5", num_layers=3, **_PADDED)),
+    "bart": ("SEQ_2_SEQ_LM", partial(tiny, "bart", init_std=0.2, **_PADDED)),
+    "bert-sequence": ("SEQ_CLS", partial(tiny, "bert", head="BertForSequenceClassification", **_LABELS)),
+    "llama-sequence": ("SEQ_CLS", partial(tiny, "llama", head="LlamaForSequenceClassification", num_key_value_heads=2, **_LABELS)),
+    "bert-token": ("TOKEN_CLS", partial(tiny, "bert", head="BertForTokenClassification", **_LABELS)),
+    "bert-question": ("QUESTION_ANS", partial(tiny, "bert", head="BertForQuestionAnswering", **_PADDED)),
+    "bert": ("FEATURE_EXTRACTION", partial(tiny, "bert", head="BertModel", **_PADDED)),
+    "llama-features": ("FEATURE_EXTRACTION", partial(tiny, "llama", head="LlamaModel", num_key_value_heads=2, **_PADDED)),
+}  # fmt: skip

@@ -47,8 +47,8 @@ class LoraLinearFunction(torch.autograd.Function):
             ctx.needs_input_grad[3],
         )
         low_rank = lora_a.shape[0] > 0 and keep > 0
-        scale, scaling_tensor = _split_scaling(scaling, keep)
-        rows = _rows(x, dtype)
+        scale, scaling_tensor = split_scaling(scaling, keep)
+        rows = as_rows(x, dtype)
 
         h = None
         factors: Any = (lora_a, lora_b) if low_rank else (None, None)
@@ -56,9 +56,9 @@ class LoraLinearFunction(torch.autograd.Function):
         if form is not None:
             y, h = ops.nf4_linear(rows, weight, scales, form, *factors, *rest)
         elif low_rank:
-            y, h = ops.lora_forward(rows, _as(weight, dtype), lora_a, lora_b, *rest)
+            y, h = ops.lora_forward(rows, as_dtype(weight, dtype), lora_a, lora_b, *rest)
         else:
-            y = ops.gemm(rows, _as(weight, dtype), None, None, bias)
+            y = ops.gemm(rows, as_dtype(weight, dtype), None, None, bias)
 
         ctx.save_for_backward(
             x if need_a and low_rank else None,
@@ -88,14 +88,14 @@ class LoraLinearFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, h, rng_state, scaling_tensor, *scales = ctx.saved_tensors
         need_x, _, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
         dtype, keep = ctx.dtype, ctx.keep
-        dy = _rows(grad, dtype)
+        dy = as_rows(grad, dtype)
 
         low_rank = ctx.low_rank
         want_a, want_b = need_a and low_rank, need_b and low_rank
         update = (
             lora_a,
             lora_b,
-            _rows(x, dtype) if want_a else None,
+            as_rows(x, dtype) if want_a else None,
             h if want_b else None,
             scaling_tensor,
             ctx.scale,
@@ -108,14 +108,14 @@ class LoraLinearFunction(torch.autograd.Function):
             dx, d_a, d_b, d_bias = ops.nf4_backward(dy, weight, *rest)
         else:
             rest = (*update, ctx.in_features, *dtypes)
-            w = _as(weight, dtype) if need_x else None
+            w = as_dtype(weight, dtype) if need_x else None
             dx, d_a, d_b, d_bias = ops.lora_backward(dy, w, *rest)
         if need_a and not want_a:
             d_a = dy.new_zeros(ctx.a_like[0], dtype=ctx.a_like[1])
         if need_b and not want_b:
             d_b = dy.new_zeros(ctx.b_like[0], dtype=ctx.b_like[1])
         given = (
-            _as(dx if len(ctx.x_shape) == 2 else dx.view(ctx.x_shape), ctx.x_dtype)
+            as_dtype(dx if len(ctx.x_shape) == 2 else dx.view(ctx.x_shape), ctx.x_dtype)
             if need_x
             else None,
             None,
@@ -127,19 +127,19 @@ class LoraLinearFunction(torch.autograd.Function):
         return given + (None,) * (ctx.arguments - len(given))
 
 
-def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t.to(dtype), without the call where nothing is to do: on the host every call counts."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+def as_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t [..., K] as [M, K]; M is spelled out, for -1 is ambiguous where K is 0."""
     if t.ndim == 2 and t.dtype == dtype:
         return t
-    return _as(t, dtype).reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return as_dtype(t, dtype).reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def _split_scaling(scaling: float | Tensor, keep: int) -> tuple[float, Tensor | None]:
+def split_scaling(scaling: float | Tensor, keep: int) -> tuple[float, Tensor | None]:
     """(host factor, device factor): a tensor is read on the device, so that changing it recompiles nothing."""
     if isinstance(scaling, Tensor):
         return keep_scale(keep), scaling

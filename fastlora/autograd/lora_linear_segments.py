@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .lora_linear import _as, _rows, _split_scaling
+from .lora_linear import as_dtype, as_rows, split_scaling
 
 
 class LoraLinearSegmentsFunction(torch.autograd.Function):
@@ -42,8 +42,8 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
     ) -> Tensor:
         need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 2, 3))
         low_rank = lora_a.shape[0] > 0 and lora_a.shape[1] > 0 and keep > 0
-        scale, scalings_tensor = _split_scaling(scalings, keep)
-        rows = _rows(x, dtype)
+        scale, scalings_tensor = split_scaling(scalings, keep)
+        rows = as_rows(x, dtype)
 
         h = None
         if low_rank:
@@ -53,7 +53,7 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
             assert weight is not None
             y = ops.segment_nf4_gemm(rows, weight, scales, form, h, up, bounds, bias)
         elif weight is not None:
-            y = ops.segment_gemm(rows, _as(weight, dtype), h, up, bounds, bias)
+            y = ops.segment_gemm(rows, as_dtype(weight, dtype), h, up, bounds, bias)
         elif h is not None:
             y = ops.segment_up(h, lora_b, bounds)
         else:
@@ -89,7 +89,7 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, h, bounds, rng_state, scalings, *scales = ctx.saved_tensors
         need_x, need_a, need_b, need_bias = (ctx.needs_input_grad[i] for i in (0, 2, 3, 6))
         dtype, low_rank = ctx.dtype, ctx.low_rank
-        dy = _rows(grad, dtype)
+        dy = as_rows(grad, dtype)
         features = ctx.x_shape[-1]
 
         g = words = None
@@ -106,17 +106,17 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
                     dy, weight, scales, ctx.form, g, up, bounds, None, words, dx=True
                 )
             elif weight is not None:
-                dx = ops.segment_gemm(dy, _as(weight, dtype).t(), g, up, bounds, None, words)
+                dx = ops.segment_gemm(dy, as_dtype(weight, dtype).t(), g, up, bounds, None, words)
             elif g is not None:
                 dx = ops.segment_up(g, lora_a.transpose(1, 2), bounds, words)
             else:
                 dx = dy.new_zeros(dy.shape[0], features)
-            dx = _as(dx.view(ctx.x_shape), ctx.x_dtype)
+            dx = as_dtype(dx.view(ctx.x_shape), ctx.x_dtype)
 
         d_a = d_b = d_bias = None
         if low_rank and (need_a or need_b):
             d_a, d_b = ops.segment_wgrad(
-                _rows(x, dtype) if need_a else None,
+                as_rows(x, dtype) if need_a else None,
                 g if need_a else None,
                 dy if need_b else None,
                 h,

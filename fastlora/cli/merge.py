@@ -9,6 +9,7 @@ import typer
 
 from ..training.errors import InputError
 from .app import told_errors
+from .options import checkpoint_folder
 
 
 def merge_command(
@@ -26,17 +27,13 @@ def merge_command(
 ) -> None:
     """Write a plain checkpoint with the adapter in its weights, layer by layer; transformers loads it."""
     with told_errors(debug):
-        if output.exists():
-            raise InputError(f"--output {output} exists already; give another folder")
+        directory = checkpoint_folder(model, output)
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         from ..io.merge import merge_checkpoint
         from ..training import base
 
-        directory, gguf = base.locate(model)
-        if gguf is not None:
-            raise InputError(f"{model} is a .gguf file; give a folder with safetensors")
         columns = TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")  # fmt: skip
         console = Console(stderr=True)
         with base.quiet_transformers(), Progress(*columns, console=console, transient=True) as bar:

@@ -1,12 +1,15 @@
-"""Options that several commands share: declared once, by ``fastlora finetune``."""
+"""What several commands share: options, declared once by ``fastlora finetune``, and folders that are read and written."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import typer
+
+from ..training.errors import InputError
 
 
 def borrow(source: Callable[..., None], names: Collection[str]) -> Callable[..., Any]:
@@ -30,3 +33,15 @@ def on_the_command_line(context: typer.Context, name: str) -> bool:
     # By name: which click holds the enum, typer's own or the package, depends on the version.
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def checkpoint_folder(model: str, output: Path) -> Path:
+    """The folder of ``model``'s safetensors, which are written anew to ``output``; ``InputError`` if one of them cannot be."""
+    from ..training import base
+
+    if output.exists():
+        raise InputError(f"--output {output} exists already; give another folder")
+    directory, gguf = base.locate(model)
+    if gguf is not None:
+        raise InputError(f"{model} is a .gguf file; give a folder with safetensors")
+    return directory

@@ -9,6 +9,7 @@ import typer
 
 from ..training.errors import InputError
 from .app import told_errors
+from .options import checkpoint_folder
 
 
 def quantize_command(
@@ -27,16 +28,12 @@ def quantize_command(
 ) -> None:
     """Write a model in NF4 (bitsandbytes' layout): transformers and fastlora.load_quantized read it."""
     with told_errors(debug):
-        if output.exists():
-            raise InputError(f"--output {output} exists already; give another folder")
+        directory = checkpoint_folder(model, output)
         from rich.console import Console
 
         from ..io.quantize import quantize_checkpoint
         from ..training import base
 
-        directory, gguf = base.locate(model)
-        if gguf is not None:
-            raise InputError(f"{model} is a .gguf file; give a folder with safetensors")
         console = Console(stderr=True)
         try:
             with base.quiet_transformers(), console.status("quantising") as status:

@@ -33,6 +33,7 @@ from ..layers.adapter import AdapterTensor, check_adapter_name
 from ..layers.embedding import LoRAEmbedding
 from ..layers.fused import FusedLayer
 from ..layers.inits import changes_base_weight
+from ..layers.merging import is_sharded
 from ..layers.plain import FLOATS
 from ..methods import PeftConfig
 from ..methods.adapters_layout import PICKLE_NAME
@@ -45,6 +46,16 @@ from .subtraction import check_convertible, doubled, subtract
 WEIGHTS_NAME = "adapter_model.safetensors"
 RECORD_NAME = "trainable_parameters.json"
 PREFIX = "base_model.model."
+# What safetensors calls a dtype, in a file's header.
+_SAFETENSORS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 
 
 def save_adapter(
@@ -127,17 +138,6 @@ def safetensors_size(tensors: Mapping[str, Tensor]) -> int:
         header[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + end
-
-
-_SAFETENSORS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
 
 
 def load_adapter(
@@ -353,7 +353,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     pairs = matching(model, adapter_name, tensors)
     for entry, _ in pairs:
-        if _is_sharded(entry.tensor):
+        if is_sharded(entry.tensor):
             raise ValueError(f"{entry.key}: is sharded; load the adapter before fully_shard")
         if entry.tensor.device.type == "meta":
             raise ValueError(
@@ -432,10 +432,6 @@ def _check_keys(
         )
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return type(tensor).__name__ == "DTensor"
-
-
 # Writing.
 
 
@@ -444,7 +440,7 @@ def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     result = {}
     for key, value in tensors.items():
-        if _is_sharded(value):
+        if is_sharded(value):
             raise ValueError(
                 f"{key}: is sharded; gather it on all ranks and pass state_dict=..., with keys as "
                 "in model.state_dict()"

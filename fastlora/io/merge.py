@@ -280,11 +280,13 @@ class _Stored:
         """The stored keys, a 4-bit weight's parts under its first."""
         return self._keys
 
+    def _stored(self, key: str) -> Tensor | None:
+        return self._where[key](key) if key in self._where else None
+
     def _read(self, key: str) -> Tensor | NF4Tensor:
         name = key.removesuffix(".weight")
         if key.endswith(".weight") and name in self._kinds:
-            get = lambda k: self._where[k](k) if k in self._where else None  # noqa: E731
-            return read_weight(get, name, self._kinds[name])
+            return read_weight(self._stored, name, self._kinds[name])
         return self._where[key](key)
 
     def merged(self, key: str) -> tuple[dict[str, Tensor], list[MergeReport]]:
@@ -292,7 +294,7 @@ class _Stored:
         to, reports = self._model_keys.get(key), []
         found = self._work.layers.get(to) if to is not None else None
         if to in self._work.replaced and found is None:
-            return {key: self._like(self._work.replaced[to], self._read(key))}, []
+            return {key: self._work.replaced[to].to(self._read(key).dtype)}, []
         if found is None or to is None:
             return self._written(key, self._read(key)), []
         if found.name not in self._merged:
@@ -324,14 +326,11 @@ class _Stored:
         weight = self._read(self._targets[embedding])
         reports: list[MergeReport] = []
         if head in self._work.replaced:
-            weight = self._like(self._work.replaced[head], weight)
+            weight = self._work.replaced[head].to(weight.dtype)
         if head in self._work.layers:
             made, report = self._work.merge(self._work.layers[head], {head: weight})
             weight, reports = made[head], [report]
         return self._written(head, weight), reports
-
-    def _like(self, value: Tensor, stored: Tensor | NF4Tensor) -> Tensor:
-        return value.to(stored.dtype)
 
     def _written(self, key: str, value: Tensor | NF4Tensor) -> dict[str, Tensor]:
         if not isinstance(value, NF4Tensor):

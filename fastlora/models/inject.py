@@ -10,7 +10,7 @@ import contextlib
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -42,7 +42,7 @@ class _Swap(NamedTuple):
     new: Any
 
 
-class _Growth(NamedTuple):
+class Growth(NamedTuple):
     """An adapter layer that gets another adapter, and how."""
 
     layer: AdapterLayer
@@ -77,7 +77,7 @@ class Injection(Generic[Config]):
         self.config = config
         self._widen, self._device, self._active = autocast_adapter_dtype, device, active
         self._swaps: list[_Swap] = []
-        self._growths: list[_Growth] = []
+        self._growths: list[Growth] = []
         self._trained_before = [(p, p.requires_grad) for p in model.parameters()]
         self._modules = base_view(model)
         self._owners = Counter(
@@ -143,7 +143,7 @@ class Injection(Generic[Config]):
         for name in self._targets():
             module = self._modules[name]
             self._check_target(name, module)
-            with _naming(name):
+            with naming(name):
                 if isinstance(module, AdapterLayer):
                     self._plan_growth(name, module)
                 else:
@@ -153,7 +153,7 @@ class Injection(Generic[Config]):
         if isinstance(layer, TrainableCopy):
             raise ValueError("another adapter trains it whole (modules_to_save)")
         layer.check_change("add_adapter")
-        self._growths.append(_Growth(layer, lambda: self._grow(name, layer)))
+        self._growths.append(Growth(layer, lambda: self._grow(name, layer)))
 
     def _check_target(self, name: str, module: nn.Module) -> None:
         kind, weight = type(module).__name__, getattr(module, "weight", None)
@@ -222,7 +222,7 @@ class Injection(Generic[Config]):
         for name in chosen:
             module, kind = self._modules[name], type(self._modules[name]).__name__
             if isinstance(module, TrainableCopy):
-                self._growths.append(_Growth(module, self._another_copy(module)))
+                self._growths.append(Growth(module, self._another_copy(module)))
                 continue
             if any(isinstance(m, AdapterLayer) and m.adapters for m in module.modules()):
                 raise ValueError(
@@ -315,18 +315,15 @@ class Injection(Generic[Config]):
         return PeftModel
 
 
-class _naming(contextlib.ContextDecorator):
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
     """Errors within say which module they are about."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, RuntimeError)) and "module '" not in str(error):
-            raise type(error)(f"module {self._name!r}: {error}") from error
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if "module '" in str(error):
+            raise
+        raise type(error)(f"module {name!r}: {error}") from error
 
 
 def set_trainable(model: nn.Module, config: Any, adapter_names: list[str], trainable: bool) -> None:

@@ -11,7 +11,7 @@ from ..layers import AdapterLayer, LoRAParameter, TrainableTokens
 from ..layers.parameter import parameter_problem
 from ..layers.tokens import tokens_problem
 from ..methods import LoraConfig
-from .inject import Injection, _Growth, _naming
+from .inject import Growth, Injection, naming
 
 
 class PartsInjection(Injection[LoraConfig]):
@@ -71,7 +71,7 @@ class PartsInjection(Injection[LoraConfig]):
             )
         for module_name, parameters in by_module.items():
             module = self._modules[module_name]
-            with _naming(module_name):
+            with naming(module_name):
                 self._check_parameters(module_name, module, list(parameters))
                 if isinstance(module, LoRAParameter):
                     self._grow_parameters(module, parameters)
@@ -113,7 +113,7 @@ class PartsInjection(Injection[LoraConfig]):
             def add(layer: LoRAParameter = layer, settings: dict[str, Any] = settings) -> None:
                 layer.add_adapter(self.adapter_name, **settings)
 
-            self._growths.append(_Growth(layer, add))
+            self._growths.append(Growth(layer, add))
 
     # Rows.
 
@@ -146,7 +146,7 @@ class PartsInjection(Injection[LoraConfig]):
         for name in tied:
             rows.pop(name, None)
         for name, indices in rows.items():
-            with _naming(name):
+            with naming(name):
                 self._plan_rows(name, indices, tied if name == first else [])
 
     def _input_embeddings(self) -> str:
@@ -179,13 +179,13 @@ class PartsInjection(Injection[LoraConfig]):
             def add() -> None:
                 module.add_adapter(self.adapter_name, indices, dtype)
 
-            self._growths.append(_Growth(module, add))
+            self._growths.append(Growth(module, add))
             return
         self._check_rows(name)
         layer = TrainableTokens(module, indices, self.adapter_name, dtype)
         self._swap_child(name, layer)
         for other in tied:
-            with _naming(other):
+            with naming(other):
                 self._check_rows(other)
                 self._swap_child(other, layer.tie(self._modules[other]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from .energy import energy_counter
 from .errors import FineTuneError, InputError, Interrupted, RunError
 from .estimate import enter_on_meta
 from .methods import method_of
-from .output import OutputDirectory
+from .output import OutputDirectory, check_free, read_record
 from .report import plot_comparison, read_log, write_json
 from .run import finetune
 
@@ -87,33 +86,11 @@ class Comparison:
 
     def check_free(self, overwrite: bool) -> None:
         """Raise ``InputError`` unless a new comparison may start here."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"--output {self.path} is a file; give a directory")
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not overwrite:
-            raise InputError(
-                f"--output {self.path} is not empty: --resume continues the comparison in it, --overwrite replaces it, or "
-                "give another directory"
-            )
-        if not self.record.is_file():
-            raise InputError(
-                f"--overwrite: {self.path} was not written by fastlora compare; give another directory"
-            )
+        check_free(self.path, self.record, overwrite, "comparison", "compare")
 
     def read(self) -> dict[str, Any]:
         """``compare.json``; ``InputError`` where there is none."""
-        try:
-            record = json.loads(self.record.read_bytes())
-        except FileNotFoundError:
-            raise InputError(
-                f"--resume: {self.path} holds no comparison ({self.record.name} is missing); check --output"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"--resume: {self.record} cannot be read ({error})") from None
-        if not (isinstance(record, dict) and {"config", "methods", "rows"} <= record.keys()):
-            raise InputError(f"--resume: {self.record} was not written by fastlora compare")
-        return record
+        return read_record(self.record, {"config", "methods", "rows"}, "comparison", "compare")
 
 
 def compare(

@@ -33,19 +33,7 @@ class OutputDirectory:
 
     def check_free(self, overwrite: bool) -> None:
         """Raise ``InputError`` unless a new run may start here."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"--output {self.path} is a file; give a directory")
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not overwrite:
-            raise InputError(
-                f"--output {self.path} is not empty: --resume continues the run in it, --overwrite replaces it, or give "
-                "another directory"
-            )
-        if not self.run.is_file():
-            raise InputError(
-                f"--overwrite: {self.path} was not written by fastlora finetune; give another directory"
-            )
+        check_free(self.path, self.run, overwrite, "run", "finetune")
 
     def check_resumable(self, facts: dict[str, Any]) -> None:
         """Raise ``InputError`` unless the run in here is the one that ``facts`` describe."""
@@ -81,20 +69,42 @@ class OutputDirectory:
             raise RunError(f"cannot write to --output {self.path}: {error.strerror}") from error
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The ``run.json`` of an output directory."""
-    file = path / "run.json"
+def check_free(path: Path, record: Path, overwrite: bool, what: str, command: str) -> None:
+    """Raise ``InputError`` unless ``command`` may begin a new ``what`` in ``path``; ``record`` is the file by which it knows
+    its own."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--output {path} is a file; give a directory")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(
+            f"--output {path} is not empty: --resume continues the {what} in it, --overwrite replaces it, or give another "
+            "directory"
+        )
+    if not record.is_file():
+        raise InputError(
+            f"--overwrite: {path} was not written by fastlora {command}; give another directory"
+        )
+
+
+def read_record(file: Path, keys: set[str], what: str, command: str) -> dict[str, Any]:
+    """The JSON object that ``command`` left in ``file``, with ``keys`` in it; ``InputError`` where there is none."""
     try:
         saved = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise InputError(
-            f"--resume: {path} holds no run ({file.name} is missing); check --output"
+            f"--resume: {file.parent} holds no {what} ({file.name} is missing); check --output"
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"--resume: {file} cannot be read ({error})") from None
-    if not (isinstance(saved, dict) and {"config", "sha256", "model_files"} <= saved.keys()):
-        raise InputError(f"--resume: {file} was not written by fastlora finetune")
+    if not (isinstance(saved, dict) and keys <= saved.keys()):
+        raise InputError(f"--resume: {file} was not written by fastlora {command}")
     return saved
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The ``run.json`` of an output directory."""
+    return read_record(path / "run.json", {"config", "sha256", "model_files"}, "run", "finetune")
 
 
 def run_facts(config: FinetuneConfig) -> dict[str, Any]:

@@ -64,6 +64,16 @@ def text_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def general(tmp_path: Path) -> Path:
+    """Text unlike the verses: what a model may forget over them."""
+    path = tmp_path / "general.txt"
+    path.write_text(
+        "The ship sailed from the harbour at dawn with its cargo of salt and iron. " * 6
+    )
+    return path
+
+
+@pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., Path]:
     """Write records (or raw lines) to a .jsonl file."""
 

@@ -23,15 +23,6 @@ from fastlora.training import FinetuneConfig, InputError, Interrupted, RunError
 from fastlora.training.compare import Row, compare, markdown
 from fastlora.training.energy import energy_counter
 
-GENERAL = "The ship sailed from the harbour at dawn with its cargo of salt and iron. "
-
-
-@pytest.fixture
-def general(tmp_path: Path) -> Path:
-    path = tmp_path / "general.txt"
-    path.write_text(GENERAL * 6)
-    return path
-
 
 @pytest.fixture
 def config(model_dir: Path, text_file: Path, general: Path, tmp_path: Path) -> FinetuneConfig:

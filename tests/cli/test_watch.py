@@ -26,16 +26,6 @@ def read(output: Path, name: str = "summary.json") -> Any:
     )
 
 
-@pytest.fixture
-def general(tmp_path: Path) -> Path:
-    """Text unlike the task's."""
-    path = tmp_path / "general.txt"
-    path.write_text(
-        "The ship sailed from the harbour at dawn with its cargo of salt and iron. " * 6
-    )
-    return path
-
-
 def test_the_watched_text_is_evaluated_beside_the_held_out(
     finetune_cli: Any, general: Path, tmp_path: Path
 ) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import fastlora
-from tests.models.test_prompt_learning import METHODS, REPARAMETERISED, build
-from tests.tiny_architectures import MODELS
+from tests.models.prompts import METHODS, REPARAMETERISED, build
 from tests.tiny_models import some_ids
+from tests.tiny_zoo import TASKS
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,7 +55,7 @@ def test_the_same_as_peft(name: str, method: str, beams: int) -> None:
     assert torch.equal(got, generated(theirs, ids, num_beams=beams))
     with ours.disable_adapter():
         plain = generated(ours, ids, num_beams=beams)
-    base = MODELS[name][1]()
+    base = TASKS[name][1]()
     assert torch.equal(plain, generated(base, ids, num_beams=beams))
 
 
@@ -71,7 +71,7 @@ def test_steps_by_hand(name: str, method: str) -> None:
         want = torch.cat((want, scores.argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(generated(model, ids), want)
     assert torch.equal(model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW), want)
-    no_prompts = generated(MODELS[name][1](), ids)
+    no_prompts = generated(TASKS[name][1](), ids)
     assert not torch.equal(no_prompts, want) and (want[:, -NEW:] != want[:, -NEW - 1 : -1]).any()
     if method.startswith("prefix"):
         with pytest.raises(ValueError, match="use_cache"):
@@ -141,7 +141,7 @@ def test_what_counts_tokens_by_the_cache_is_refused(method: str) -> None:
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"generation_config": static}, "cache_implementation"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
-        ({"assistant_model": MODELS["llama"][1]()}, "assistant_model"),
+        ({"assistant_model": TASKS["llama"][1]()}, "assistant_model"),
         ({"past_key_values": full}, "past_key_values"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -154,5 +154,5 @@ def test_what_counts_tokens_by_the_cache_is_refused(method: str) -> None:
 def test_a_loaded_adapter_generates_the_same(method: str, tmp_path: Any) -> None:
     model, ids = strengthened(fastlora, method, "llama"), some_ids()
     model.save_pretrained(tmp_path)
-    read = fastlora.PeftModel.from_pretrained(MODELS["llama"][1](), tmp_path)
+    read = fastlora.PeftModel.from_pretrained(TASKS["llama"][1](), tmp_path)
     assert torch.equal(generated(read, ids), generated(model, ids))
