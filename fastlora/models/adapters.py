@@ -14,7 +14,7 @@ from ..layers import AdapterLayer, LoRALayer
 from ..layers.adapter import check_adapter_name
 from ..layers.embedding import LoRAEmbedding
 from ..layers.mixed import MixedBatch
-from ..methods import PeftConfig
+from ..methods import LoraConfig, PeftConfig
 from . import merge
 from .merge import MergeReport
 
@@ -262,7 +262,7 @@ class Adapters(nn.Module):
         in inference and in training; backward of a checkpointed model belongs inside too.
 
         The rows of one adapter are multiplied together, by ``fastlora.lora_linear_segments``: a batch whose items are
-        sorted by adapter, those of the base last, saves a copy of each input and output. Which adapters are active does
+        sorted by adapter, those of the base last, needs no copy of any input or output. Which adapters are active does
         not matter; those that are trained must require grad (``set_adapter`` several).
 
         Args:
@@ -303,10 +303,14 @@ class Adapters(nn.Module):
         """Let a LoRA adapter act ``scale`` times as strongly as its ``lora_alpha`` says, in every layer.
 
         Raises:
-            ValueError: there is no such adapter, adapters are merged, or ``scale`` is not finite.
+            ValueError: there is no such adapter, it is not LoRA, adapters are merged, or ``scale`` is not finite.
         """
         self._check_known(adapter_name)
         self.check_change("set_scale")
+        if self.peft_type != LoraConfig.peft_type:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is {self.peft_type}, which has no scaling; accepted are LoRA adapters"
+            )
         for layer in self.adapter_layers():
             if isinstance(layer, LoRALayer) and adapter_name in layer.r:
                 layer.set_scale(adapter_name, scale)

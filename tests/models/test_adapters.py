@@ -181,6 +181,9 @@ def test_scale_as_in_peft(scale: float) -> None:
     close(logits(model, ids), logits(theirs, ids))
     with pytest.raises(ValueError, match="finite"):
         model.set_scale("b", float("nan"))
+    other = fastlora.get_peft_model(tiny_llama(), fastlora.IA3Config())
+    with pytest.raises(ValueError, match="IA3"):
+        other.set_scale("default", scale)
 
 
 def test_what_cannot_be_added_leaves_the_model_as_it_was() -> None:
