@@ -136,11 +136,8 @@ def test_the_others_as_in_peft(kind: str, density: float, method: str) -> None:
             )  # fmt: skip
     for name in NAMES:
         stock = layer(theirs, name)
-        if kind.startswith("dare") and name != "layers.0.up":
-            continue  # random: of one generator, in the order of layers, ours in fp64 where updates are made
-        if kind.startswith("dare") and kind.endswith("svd"):
-            assert delta(ours, name, "sum").norm() > 0
-            continue
+        if density < 1 and kind.startswith("dare") and (kind.endswith("svd") or name != NAMES[0]):
+            continue  # other random numbers: ours makes updates in fp64, and layers follow in another order
         torch.testing.assert_close(
             delta(ours, name, "sum").float(), stock.get_delta_weight("sum"), rtol=1e-4, atol=1e-4
         )
