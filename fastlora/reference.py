@@ -264,6 +264,46 @@ def row_norms(
     return torch.cat(slabs)
 
 
+def _column_factors(z: Tensor, magnitude: Tensor, norm: Tensor | None) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(z.dtype, magnitude.dtype), torch.float32)
+    if norm is None:
+        return magnitude.to(wide)
+    return torch.where(norm > 0, magnitude.to(wide) / norm.to(wide), 0)
+
+
+def scale_columns(
+    z: Tensor, magnitude: Tensor, norm: Tensor | None = None, rest: Tensor | None = None
+) -> Tensor:
+    """y = rest + c * z [M, N] in z's dtype, rounded once: c = magnitude / norm [N], zero where the norm is, or without a norm
+    magnitude; rest [N] or [M, N]. Nothing of z's size is made in the factors' dtype."""
+    factor, y = _column_factors(z, magnitude, norm), torch.empty(z.shape, dtype=z.dtype, device=z.device)  # fmt: skip
+    return torch.mul(z, factor, out=y) if rest is None else torch.addcmul(rest, z, factor, out=y)
+
+
+def scale_columns_backward(
+    dy: Tensor,
+    z: Tensor | None,
+    magnitude: Tensor,
+    norm: Tensor | None,
+    need_z: bool,
+    need_sums: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(c * dY, sum_m dY * z [/ norm] in magnitude's dtype, sum_m dY in fp32 or fp64); None what is not asked for, the second
+    without z."""
+    factor = _column_factors(dy, magnitude, norm)
+    dz = scale_columns(dy, magnitude, norm) if need_z else None
+    d_magnitude = None
+    if z is not None:
+        total = torch.zeros_like(factor)
+        for left, right in zip(dy.split(1024), z.split(1024), strict=True):
+            total += (left.to(factor.dtype) * right).sum(0)
+        if norm is not None:
+            total = torch.where(norm > 0, total / norm, 0)
+        d_magnitude = total.to(magnitude.dtype)
+    sums = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_sums else None
+    return dz, d_magnitude, sums
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor,

@@ -1,7 +1,12 @@
 """The autograd functions that the public functions apply."""
 
-from .column_scale import ColumnScaleFunction
+from .column_scale import ColumnScaleFunction, scale_columns
 from .lora_linear import LoraLinearFunction
 from .lora_linear_segments import LoraLinearSegmentsFunction
 
-__all__ = ["ColumnScaleFunction", "LoraLinearFunction", "LoraLinearSegmentsFunction"]
+__all__ = [
+    "ColumnScaleFunction",
+    "LoraLinearFunction",
+    "LoraLinearSegmentsFunction",
+    "scale_columns",
+]

@@ -46,18 +46,23 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
         rows = as_rows(x, dtype)
 
         h = None
-        if low_rank:
-            h = ops.segment_down(rows, lora_a, bounds, scalings_tensor, scale, rng_state, keep)
-        up = None if h is None else lora_b
-        if form is not None:
-            assert weight is not None
-            y = ops.segment_nf4_gemm(rows, weight, scales, form, h, up, bounds, bias)
-        elif weight is not None:
-            y = ops.segment_gemm(rows, as_dtype(weight, dtype), h, up, bounds, bias)
-        elif h is not None:
-            y = ops.segment_up(h, lora_b, bounds)
+        if low_rank and weight is not None and form is None:
+            y, h = ops.segment_linear(
+                rows, as_dtype(weight, dtype), lora_a, lora_b, bounds, scalings_tensor, scale, rng_state, keep, bias
+            )  # fmt: skip
         else:
-            y = rows.new_zeros(rows.shape[0], lora_b.shape[1])
+            if low_rank:
+                h = ops.segment_down(rows, lora_a, bounds, scalings_tensor, scale, rng_state, keep)
+            up = None if h is None else lora_b
+            if form is not None:
+                assert weight is not None
+                y = ops.segment_nf4_gemm(rows, weight, scales, form, h, up, bounds, bias)
+            elif weight is not None:
+                y = ops.gemm(rows, as_dtype(weight, dtype), None, None, bias)
+            elif h is not None:
+                y = ops.segment_up(h, lora_b, bounds)
+            else:
+                y = rows.new_zeros(rows.shape[0], lora_b.shape[1])
 
         ctx.save_for_backward(
             x if need_a and low_rank else None,
@@ -92,14 +97,19 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
         dy = as_rows(grad, dtype)
         features = ctx.x_shape[-1]
 
+        dx: Tensor | None = None
         g = words = None
         if low_rank and (need_x or need_a):
-            g = ops.segment_down(dy, lora_b.transpose(1, 2), bounds, scalings, ctx.scale)
+            down = lora_b.transpose(1, 2)
+            if need_x and weight is not None and ctx.form is None and rng_state is None:
+                w_t, up = as_dtype(weight, dtype).t(), lora_a.transpose(1, 2)
+                dx, g = ops.segment_linear(dy, w_t, down, up, bounds, scalings, ctx.scale)
+            else:
+                g = ops.segment_down(dy, down, bounds, scalings, ctx.scale)
             if rng_state is not None:  # made again, not saved: for dX and dA
                 words = ops.mask(rng_state, dy.shape[0], features, ctx.keep)
 
-        dx: Tensor | None = None
-        if need_x:
+        if need_x and dx is None:
             up = None if g is None else lora_a.transpose(1, 2)
             if ctx.form is not None:
                 dx = ops.segment_nf4_gemm(
@@ -111,6 +121,7 @@ class LoraLinearSegmentsFunction(torch.autograd.Function):
                 dx = ops.segment_up(g, lora_a.transpose(1, 2), bounds, words)
             else:
                 dx = dy.new_zeros(dy.shape[0], features)
+        if dx is not None:
             dx = as_dtype(dx.view(ctx.x_shape), ctx.x_dtype)
 
         d_a = d_b = d_bias = None

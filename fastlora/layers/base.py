@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd import scale_columns
 from ..ops.support import MAX_RANK
 from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
-from .dora import BaseRows, row_norms, scale_columns
+from .dora import BaseRows, row_norms
 from .inits import Factors, check_init, check_lora_bias, initial_factors
 from .merging import Merged
 

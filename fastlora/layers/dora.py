@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..autograd import ColumnScaleFunction
 
 _SLAB = 1 << 22  # elements of W that are read at once
 # A row is done again where its squared norm is less than this share of what rounding may have put into it.
@@ -119,9 +118,3 @@ def _doubtful(total: Tensor, doubt: Tensor) -> list[Tensor]:
         return list(rows.split(_ROWS)) if rows.numel() else []
     worst = (doubt / total.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(0.0)
     return [worst.topk(min(_ROWS, worst.numel())).indices]
-
-
-def scale_columns(z: Tensor, magnitude: Tensor, norm: Tensor, rest: Tensor | None) -> Tensor:
-    """rest + (magnitude / norm) * z [..., N] in z's dtype, the norm a constant; ``rest`` is [N], of z's shape, or None."""
-    y: Tensor = ColumnScaleFunction.apply(z, magnitude, norm, rest)
-    return y

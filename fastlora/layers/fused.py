@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
+from ..autograd import scale_columns
 from ..quant import NF4Tensor
 from .base import LoRALayer
-from .dora import exact_row_norms, scale_columns
+from .dora import exact_row_norms
 from .merging import MergeableLayer, Merged, as_parameter
 from .mixed import mixed_linear
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..autograd.scale import scale
+from ..autograd import scale_columns
 from .adapter import AdapterTensor, check_adapter_name
 from .base import adapter_dtype_for
 from .exchange import ExchangeLayer, distances
@@ -110,8 +110,8 @@ class IA3Layer(ExchangeLayer):
         if vector is None:
             return self.base_layer(x)
         if self.is_feedforward:
-            return self.base_layer(scale(x, vector))
-        return scale(self.base_layer(x), vector)
+            return self.base_layer(scale_columns(x, vector))
+        return scale_columns(self.base_layer(x), vector)
 
     def _merged(self, dequantize: bool | torch.dtype) -> Merged:
         base: Any = self.base_layer

@@ -4,10 +4,12 @@ from .linear import lora_backward, lora_forward
 from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
 from .norms import row_norms
 from .raw import down, gemm, mask, wgrad
+from .scale import scale_columns, scale_columns_backward
 from .segments import (
     segment_bounds,
     segment_down,
     segment_gemm,
+    segment_linear,
     segment_nf4_gemm,
     segment_up,
     segment_wgrad,
@@ -28,9 +30,12 @@ __all__ = [
     "quantize",
     "quantize_scales",
     "row_norms",
+    "scale_columns",
+    "scale_columns_backward",
     "segment_bounds",
     "segment_down",
     "segment_gemm",
+    "segment_linear",
     "segment_nf4_gemm",
     "segment_up",
     "segment_wgrad",

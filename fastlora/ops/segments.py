@@ -1,12 +1,12 @@
-"""``torch.ops.fastlora._segment_bounds/_down/_up/_gemm/_nf4_gemm/_wgrad``: ops of raw.py and nf4.py with factors per segment.
+"""``torch.ops.fastlora._segment_bounds/_down/_up/_gemm/_linear/_nf4_gemm/_wgrad``: ops of raw.py and nf4.py with factors per segment.
 
 Segment e is the rows bounds[e]..bounds[e + 1] (int32 [E + 1], made of the caller's offsets by ``segment_bounds``); other
 rows have no factors. Private, as those are; contracts as in reference.py, and an output that was not asked for comes back
 with shape [0]. On Triton nothing depends on the values of bounds but what is computed: launches and workspace are fixed by
 shapes, and nothing waits for the device. The torch backend loops over segments, for which a GPU has to be waited for.
 
-With many rows Triton's GEMM adds the low-rank terms to the tiles of y that it has just multiplied; else whoever is the
-fastest makes y, and ``segment_up`` adds to it: ``gemm_fit``.
+With many rows the low-rank terms are more of K to Triton's GEMM, where ``segment_down`` can lay them out so, or it adds them
+to the tiles of y that it has just multiplied; else whoever is the fastest makes y, and ``segment_up`` adds to it: ``gemm_fit``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ _library.define(
 )
 _library.define(
     "_segment_gemm(Tensor x, Tensor w, Tensor? h, Tensor? l, Tensor bounds, Tensor? bias, Tensor? words) -> Tensor"
+)
+_library.define(
+    "_segment_linear(Tensor x, Tensor w, Tensor a, Tensor b, Tensor bounds, Tensor? scalings, float scale, "
+    "Tensor? rng_state, int keep, Tensor? bias) -> (Tensor, Tensor)"
 )
 _library.define(
     "_segment_nf4_gemm(Tensor x, Tensor codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
@@ -91,29 +95,56 @@ def _onto(y: Tensor | None, h: Tensor, l: Tensor, bounds: Tensor, words: Tensor 
 
 
 _FEWEST_FUSED_ROWS = 512  # below, tiles are small, and other kernels or more CTAs make y
-# Below, on average: a tile of y meets so many segments that waiting for their factors costs more than a second pass over y.
-# Measured on an H100: benchmarks/NOTES.md.
+# Rows a segment, on average, below which y is better made first and added to; measured on an H100: benchmarks/NOTES.md. Terms
+# that are added to a tile wait for the factors of every segment it meets. Terms that are more of K do not, but multiply
+# by zeros, the more of them the more segments a tile meets.
 _FEWEST_ROWS_A_SEGMENT = 512
+_FEWEST_SPREAD_ROWS_A_SEGMENT = 64
 
 
-def gemm_fit(rows: int, segments: int, dtype: torch.dtype) -> support.Fit:
-    """How a product with ``rows`` rows in ``segments`` suits triton/gemm.py's."""
+def gemm_fit(
+    rows: int, segments: int, dtype: torch.dtype, fewest: int | None = None
+) -> support.Fit:
+    """How a product with ``rows`` rows in ``segments`` suits triton/gemm.py's, of ``fewest`` rows a segment."""
+    fewest = _FEWEST_ROWS_A_SEGMENT if fewest is None else fewest
     if dtype == torch.float32:
         return support.Fit(None, "fp32 sums need the registers that the low-rank terms would")
     if rows < _FEWEST_FUSED_ROWS:
         return support.Fit(None, f"{rows} rows are for the fastest gemm, and segment_up")
-    if rows < _FEWEST_ROWS_A_SEGMENT * segments:
+    if rows < fewest * segments:
         return support.Fit(None, f"{segments} segments of {rows} rows are for segment_up")
     return support.Fit()
 
 
-def _fuses(x: Tensor, l: Tensor) -> bool:
+def _fuses(x: Tensor, l: Tensor, fewest: int | None = None) -> bool:
     wish = support.preference().name
     return (
         (wish == "triton" or (wish is None and x.device.type != "cpu"))
         and support.miss("segment_gemm", "triton", x.device, x.dtype, l.shape[2]) is None
-        and gemm_fit(x.shape[0], l.shape[0], x.dtype) == support.Fit()
+        and gemm_fit(x.shape[0], l.shape[0], x.dtype, fewest) == support.Fit()
     )
+
+
+def _linear(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bounds: Tensor,
+    scalings: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if _fuses(x, b, _FEWEST_SPREAD_ROWS_A_SEGMENT):
+        made: tuple[Tensor, Tensor] | None = backend_module("triton").segment_linear(
+            x, w, a, b, bounds, scalings, scale, rng_state, keep, bias
+        )
+        if made is not None:
+            return made
+    h = _down(x, a, bounds, scalings, scale, rng_state, keep)
+    return _gemm(x, w, h, b, bounds, bias, None), h
 
 
 def _gemm(
@@ -197,6 +228,12 @@ def _fake_gemm(x, w, h, l, bounds, bias, words) -> Tensor:  # type: ignore[no-un
     return x.new_empty(x.shape[0], w.shape[0])
 
 
+def _fake_linear(  # type: ignore[no-untyped-def]
+    x, w, a, b, bounds, scalings, scale, rng_state, keep, bias
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[1])
+
+
 def _fake_nf4_gemm(  # type: ignore[no-untyped-def]
     x, codes, scales, rows, cols, block_size, nested_block_size, fp4, dx, h, l, bounds, bias, words
 ) -> Tensor:
@@ -220,6 +257,7 @@ for _name, _kernel, _fake in (
     ("_segment_up", _up, _fake_up),
     ("_segment_up_", _up_, _fake_up_),
     ("_segment_gemm", _gemm, _fake_gemm),
+    ("_segment_linear", _linear, _fake_linear),
     ("_segment_nf4_gemm", _nf4_gemm, _fake_nf4_gemm),
     ("_segment_wgrad", _wgrad, _fake_wgrad),
 ):
@@ -231,6 +269,7 @@ _down_op = torch.ops.fastlora._segment_down.default
 _up_op = torch.ops.fastlora._segment_up.default
 _up_inplace_op = torch.ops.fastlora._segment_up_.default
 _gemm_op = torch.ops.fastlora._segment_gemm.default
+_linear_op = torch.ops.fastlora._segment_linear.default
 _nf4_gemm_op = torch.ops.fastlora._segment_nf4_gemm.default
 _wgrad_op = torch.ops.fastlora._segment_wgrad.default
 
@@ -288,6 +327,23 @@ def segment_gemm(
     Rows of no segment get x w^T + bias, and so do all without h and l.
     """
     return _gemm_op(x, w, h, l, bounds, bias, words)
+
+
+def segment_linear(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bounds: Tensor,
+    scalings: Tensor | None = None,
+    scale: float = 1.0,
+    rng_state: Tensor | None = None,
+    keep: int = KEEP_ALL,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, h) of ``segment_down`` with a [E, r, K] and of ``segment_gemm`` with its h and b [E, N, r], without a mask."""
+    y, h = _linear_op(x, w, a, b, bounds, scalings, scale, rng_state, keep, bias)
+    return y, h
 
 
 def segment_nf4_gemm(

@@ -7,7 +7,7 @@ import time
 import torch
 
 from .. import reference
-from . import nf4, norms, raw, segments, support
+from . import nf4, norms, raw, scale, segments, support
 
 
 def _error(got: torch.Tensor, truth: torch.Tensor) -> float:
@@ -89,6 +89,21 @@ def _row_norms(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tenso
     return _error(norms.row_norms(w, a, b, 0.5), truth)
 
 
+def _scale_columns(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    magnitude, norm = x[0], x[1].abs().float() + 1
+    truth = reference.scale_columns(x.double(), magnitude.double(), norm.double())
+    return _error(scale.scale_columns(x, magnitude, norm), truth)
+
+
+def _scale_columns_backward(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:  # fmt: skip
+    dy, magnitude = x.flip(0), x[0].float()
+    wide = dy.double(), x.double(), magnitude.double()
+    _, truth, _ = reference.scale_columns_backward(*wide, None, False, False)
+    assert truth is not None
+    _, got, _ = scale.scale_columns_backward(dy, x, magnitude, None, False, False)
+    return _error(got, truth)
+
+
 _CHECKS = {
     "mask": _mask,
     "down": _down,
@@ -101,6 +116,8 @@ _CHECKS = {
     "segment_up": _segment_up,
     "segment_wgrad": _segment_wgrad,
     "row_norms": _row_norms,
+    "scale_columns": _scale_columns,
+    "scale_columns_backward": _scale_columns_backward,
 }
 
 

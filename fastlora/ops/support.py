@@ -20,7 +20,8 @@ import torch
 from .. import _library, switches
 
 SEGMENT_OPS = ("segment_bounds", "segment_down", "segment_up", "segment_wgrad")
-OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize", *SEGMENT_OPS, "row_norms")
+DORA_OPS = ("row_norms", "scale_columns", "scale_columns_backward")
+OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize", *SEGMENT_OPS, *DORA_OPS)
 BACKENDS = ("cuda", "triton", "torch")
 MAX_RANK = 512
 

@@ -139,3 +139,17 @@ def row_norms(
     count("row_norms", "torch")
     with _autocast_off(weight):
         return reference.row_norms(weight, lora_a, lora_b, scaling, scale)
+
+
+def scale_columns(z: Tensor, *rest: Any) -> Tensor:
+    """``reference.scale_columns``."""
+    count("scale_columns", "torch")
+    with _autocast_off(z), torch.no_grad():  # out= takes none, and an exported program keeps it on
+        return reference.scale_columns(z, *rest)
+
+
+def scale_columns_backward(dy: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """``reference.scale_columns_backward``."""
+    count("scale_columns_backward", "torch")
+    with _autocast_off(dy):
+        return reference.scale_columns_backward(dy, *rest)

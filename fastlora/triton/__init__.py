@@ -8,8 +8,10 @@ from .mask import mask
 from .nf4 import dequantize, quantize
 from .nf4_linear import dx as nf4_dx
 from .norms import row_norms
+from .scale import scale_columns, scale_columns_backward
 from .segment_wgrad import wgrad as segment_wgrad
 from .segments import down as segment_down
+from .segments import linear as segment_linear
 from .segments import up as segment_up
 from .wgrad import wgrad
 
@@ -22,9 +24,12 @@ __all__ = [
     "nf4_linear",
     "quantize",
     "row_norms",
+    "scale_columns",
+    "scale_columns_backward",
     "segment_bounds",
     "segment_down",
     "segment_gemm",
+    "segment_linear",
     "segment_up",
     "segment_wgrad",
     "wgrad",

@@ -59,6 +59,21 @@ def span(bounds, segment, M, E):
 
 
 @triton.jit
+def load_bounds(bounds, E, BE: tl.constexpr):
+    """All bounds at once, E < BE."""
+    e = tl.arange(0, BE)
+    return tl.load(bounds + e, mask=e <= E, other=2**31 - 1)
+
+
+@triton.jit
+def segments_met(all_bounds, row0, stop, E):
+    """The first and the last segment that rows row0..``stop`` meet, given ``load_bounds`` of E < 2^15; first > last: none."""
+    counts = (all_bounds <= row0).to(tl.int32) + ((all_bounds < stop).to(tl.int32) << 16)
+    both = tl.sum(counts, axis=0)  # one sum across warps instead of two
+    return tl.maximum((both & 0xFFFF) - 1, 0), tl.minimum((both >> 16) - 1, E - 1)
+
+
+@triton.jit
 def locate(bounds, item, M, E, length, BE: tl.constexpr):
     """(segment, its rows begin..end, the item's rows first..last) of an item; last <= first where it is empty."""
     passed = tl.zeros((BE,), tl.int32)

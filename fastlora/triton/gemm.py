@@ -29,9 +29,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._counters import count
 from . import launch
-from .bounds import count_up_to, lookup_block
+from .bounds import count_up_to, load_bounds, lookup_block, segments_met
 from .dot import dot_add, lost_bits
 from .mask import expand, load_words
+from .spread import Spread
 
 
 @triton.jit
@@ -65,13 +66,14 @@ def add_low_rank(
 
 @triton.jit
 def _add_segments(
-    acc, h_tile, h, l, bounds, words, row0, col0, M, N, R, E, stride_hm, stride_hr, stride_le, stride_ln, stride_lr, pitch,
+    acc, h, l, bounds, words, row0, col0, M, N, R, E, stride_hm, stride_hr, stride_le, stride_ln, stride_lr, pitch,
     BM: tl.constexpr, COLS: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, BE: tl.constexpr, MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + drop(h[row0:] l_e[col0:]^T), in the rows of each segment e."""
     if MASK:
         words_tile = load_words(words, row0, col0, M, pitch, BM, COLS)
+    h_tile = load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
     m = row0 + tl.arange(0, BM)
     row = tl.maximum(row0, tl.load(bounds))
     stop = tl.minimum(row0 + BM, tl.load(bounds + E))
@@ -114,16 +116,17 @@ def _finish(
 
 @triton.jit
 def _gemm_kernel(
-    x, w, y, h, l, bias, words, bounds,
+    x, w, y, x_more, w_more, h, l, bias, words, bounds, faulty,
     M, N, K, R, E, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
     stride_hm, stride_hr, stride_le, stride_ln, stride_lr, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, BE: tl.constexpr,
-    GROUP: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
-    EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, SEGMENTS: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
-    HALVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
+    SIDE: tl.constexpr, CHUNKS: tl.constexpr, FLAGS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
+    EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, SEGMENTS: tl.constexpr, FLATTEN: tl.constexpr, MASK: tl.constexpr,
+    BIAS: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     launch.enter_chain(CHAIN)
     COLS: tl.constexpr = BN // 2 if HALVES else BN  # what is finished at once
+    SPREAD: tl.constexpr = EXTEND and SEGMENTS
     ONE: tl.constexpr = LOW_RANK and not SEGMENTS  # one low-rank term for all rows,
     APART: tl.constexpr = ONE and MASK  # which needs an accumulator of its own with a mask
     LOW_COLS: tl.constexpr = COLS if APART else BN
@@ -131,11 +134,16 @@ def _gemm_kernel(
     tiles_n = tl.cdiv(N, BN)
     group_size = GROUP * tiles_n
     steps = tl.cdiv(K, BK)
-    if EXTEND:
+    base_steps = steps
+    apart = True  # whether segments' terms are added after the loop
+    if SPREAD:
+        all_bounds = load_bounds(bounds, E, BE)
+        flag = tl.arange(0, FLAGS)
+        flags = tl.load(faulty + flag, mask=flag < tl.cdiv(E, SIDE) * CHUNKS, other=0)
+        any_faulty = tl.max(flags, axis=0) > 0
+    elif EXTEND:
         steps += tl.cdiv(R, BK)
-    for tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TMA and not LOW_RANK
-    ):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # Tiles in groups of GROUP block rows: what runs at once shares its operands in L2.
         first_m = tile // group_size * GROUP
         height = tl.minimum(tiles_m - first_m, GROUP)
@@ -145,9 +153,8 @@ def _gemm_kernel(
         # The first rank block is fetched before the main loop, so that its latency hides behind it.
         h_tile, l_0, l_1, words_0, words_1, low = None, None, None, None, None, None
         col1 = col0 + COLS
-        if LOW_RANK:
-            h_tile = load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
         if ONE:
+            h_tile = load_tile(h, row0, 0, M, R, stride_hm, stride_hr, BM, BR, False)
             l_0 = load_tile(l, 0, col0, R, N, stride_lr, stride_ln, BR, LOW_COLS, False).to(DTYPE)
         if APART:
             words_0 = load_words(words, row0, col0, M, pitch, BM, COLS)
@@ -155,19 +162,32 @@ def _gemm_kernel(
                 l_1 = load_tile(l, 0, col1, R, N, stride_lr, stride_ln, BR, COLS, False).to(DTYPE)
                 words_1 = load_words(words, row0, col1, M, pitch, BM, COLS)
 
+        group = 0
+        if SPREAD:
+            first, last = segments_met(all_bounds, row0, tl.minimum(row0 + BM, M), E)
+            group = first // SIDE
+            end = tl.where(first <= last, last // SIDE + 1, group)
+            apart = any_faulty
+            if any_faulty:
+                met = (flag >= group * CHUNKS) & (flag < end * CHUNKS)
+                apart = tl.max(tl.where(met, flags, 0), axis=0) > 0
+            steps = base_steps + tl.where(apart, 0, end - group)
+
         acc = tl.zeros((BM, BN), tl.float32)
         lost = lost_bits(acc, DTYPE)
         for step in range(steps):
             k0 = step * BK
             if TMA:
-                x_from = x
+                x_from, x_row, x_col = x, row0, k0
                 w_from = w
                 if EXTEND:
-                    if k0 >= K:  # the rank is more of K
-                        x_from = h
-                        w_from = l
-                        k0 = (step - tl.cdiv(K, BK)) * BK
-                x_tile = x_from.load([row0, k0])
+                    if step >= base_steps:  # the rank is more of K
+                        k0 = (group + step - base_steps) * BK
+                        x_from, x_col = x_more, k0
+                        w_from = w_more
+                        if SPREAD:
+                            x_row, x_col = row0 + (group + step - base_steps) * BM, 0
+                x_tile = x_from.load([x_row, x_col])
                 w_tile = w_from.load([col0, k0]).T if W_K_MAJOR else w_from.load([k0, col0])
             else:
                 x_tile = load_tile(x, row0, k0, M, K, stride_xm, stride_xk, BM, BK, EVEN)
@@ -183,15 +203,17 @@ def _gemm_kernel(
                 low = add_low_rank(h_tile, l_0, tl.zeros_like(acc_0), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
             if SEGMENTS:
-                acc_0 = _add_segments(acc_0, h_tile, h, l, bounds, words, row0, col0, M, N, R, E, stride_hm, stride_hr,
-                                    stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
+                if apart:
+                    acc_0 = _add_segments(acc_0, h, l, bounds, words, row0, col0, M, N, R, E, stride_hm, stride_hr,
+                                        stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
             _finish(acc_0, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, APART, BIAS, DTYPE)  # fmt: skip
             if APART:
                 low = add_low_rank(h_tile, l_1, tl.zeros_like(acc_1), h, l, row0, col1, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
             if SEGMENTS:
-                acc_1 = _add_segments(acc_1, h_tile, h, l, bounds, words, row0, col1, M, N, R, E, stride_hm, stride_hr,
-                                    stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
+                if apart:
+                    acc_1 = _add_segments(acc_1, h, l, bounds, words, row0, col1, M, N, R, E, stride_hm, stride_hr,
+                                        stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
             _finish(acc_1, low, words_1, y, bias, row0, col1, M, N, stride_ym, BM, COLS, TMA, APART, BIAS, DTYPE)  # fmt: skip
         else:
             if APART:
@@ -215,6 +237,7 @@ class GemmTile:
     group: int = 16
     halves: bool = False  # store the tile in two halves (descriptor path)
     br: int = 16  # rank block
+    flatten: bool = False
 
 
 @functools.lru_cache(1024)
@@ -271,7 +294,7 @@ def gemm(
     tile: GemmTile | None = None,
 ) -> Tensor:
     """``reference.gemm`` on Triton. ``tile`` overrides the plan (for sweeps)."""
-    return _run("gemm", x, w, h, l, None, bias, words, tile)
+    return _run("gemm", x, w, h, l, None, bias, words, tile, None)
 
 
 def segment_gemm(
@@ -283,11 +306,24 @@ def segment_gemm(
     bias: Tensor | None,
     words: Tensor | None,
     tile: GemmTile | None = None,
+    more: Spread | None = None,
 ) -> Tensor:
-    """y = x w^T + bias + drop(h l_e^T), l [E, N, r]. ``tile`` overrides the plan (for sweeps)."""
+    """y = x w^T + bias + drop(h l_e^T), l [E, N, r]. ``tile`` overrides the plan (for sweeps); ``more`` are h and l as more
+    of K, for ``spread_tile``'s tile and without a mask."""
     if l.shape[0] == 0 or l.shape[2] == 0:
-        return _run("segment_gemm", x, w, None, None, None, bias, None, tile)
-    return _run("segment_gemm", x, w, h, l, bounds, bias, words, tile)
+        return _run("segment_gemm", x, w, None, None, None, bias, None, tile, None)
+    op = "segment_gemm" if more is None else "segment_linear"
+    return _run(op, x, w, h, l, bounds, bias, words, tile, more)
+
+
+def spread_tile(x: Tensor, w: Tensor, l: Tensor) -> GemmTile | None:
+    """The tile for x w^T with segments' terms as more of K; None where descriptors cannot name x, w or y."""
+    k_major = w.stride(1) == 1
+    named = launch.describable(x) and launch.describable(w if k_major else w.t())
+    if launch.capability(x.device) < (9, 0) or not named or w.shape[0] * x.itemsize % 16 != 0:
+        return None
+    rank = min(l.shape[2], 16)  # of what few blocks add after the loop, a rank block at a time
+    return tile_for(x.shape[0], rank, x.dtype, k_major, False, False, True, x.device)
 
 
 def _run(
@@ -300,6 +336,7 @@ def _run(
     bias: Tensor | None,
     words: Tensor | None,
     tile: GemmTile | None,
+    more: Spread | None,
 ) -> Tensor:
     """Both ops: with bounds, l is [E, N, r] and neither E nor r is zero."""
     m, k = x.shape
@@ -319,23 +356,29 @@ def _run(
         and k > 0
         and all(map(launch.describable, (x, w_rows, y)))
     )
-    l_rows = l if l is None or k_major or segmented else l.t()
-    extend = False
-    if h is not None and l_rows is not None and tma and not (masked or segmented or convert):
-        extend = launch.describable(h) and launch.describable(l_rows)
-    low_rank = rank > 0 and not extend
-    low_width = rank if low_rank else 0
+    x_more = w_more = None
+    if h is not None and l is not None and tma and not (masked or segmented or convert):
+        l_rows = l if k_major else l.t()
+        if launch.describable(h) and launch.describable(l_rows):
+            x_more, w_more = h, l_rows
+    low_width = rank if x_more is None else 0
     tile = tile or tile_for(m, low_width, x.dtype, k_major, masked, convert, segmented, x.device)
     halves = tile.halves or segmented  # what segments add, they add to half a tile
-    operands: tuple[Any, ...] = (x, w, y, h, l)
+    faulty, side = None, 1
+    if more is not None:
+        x_more, w_more, faulty, side = more.x_more, more.w_more, more.faulty, more.side
+    extend = x_more is not None
+    low_rank = rank > 0 and not extend
+    operands: tuple[Any, ...] = (x, w, y, x_more, w_more)
     if tma:
+        x_block = [tile.bm, tile.bk]
         w_block = [tile.bn, tile.bk] if k_major else [tile.bk, tile.bn]
         operands = (
-            TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]),
+            TensorDescriptor.from_tensor(x, x_block),
             TensorDescriptor.from_tensor(w_rows, w_block),
             TensorDescriptor.from_tensor(y, [tile.bm, tile.bn // 2 if halves else tile.bn]),
-            TensorDescriptor.from_tensor(h, [tile.bm, tile.bk]) if extend else h,
-            TensorDescriptor.from_tensor(l_rows, w_block) if extend else l,
+            None if x_more is None else TensorDescriptor.from_tensor(x_more, x_block),
+            None if w_more is None else TensorDescriptor.from_tensor(w_more, w_block),
         )
     ctas = min(launch.multiprocessors(x.device), launch.cdiv(m, tile.bm) * launch.cdiv(n, tile.bn))
     launch.run(
@@ -343,7 +386,7 @@ def _run(
         (ctas,),
         x.device,
         (
-            *operands, None if bias is None else bias.contiguous(), words, bounds,
+            *operands, h, l, None if bias is None else bias.contiguous(), words, bounds, faulty,
             m, n, k, rank, segments, *x.stride(), *w.stride(), y.stride(0),
             *(h.stride() if h is not None else (0, 0)), l.stride(0) if segmented and l is not None else None,
             *(l.stride()[-2:] if l is not None else (0, 0)),
@@ -351,9 +394,13 @@ def _run(
         ),
         dict(
             BM=tile.bm, BN=tile.bn, BK=tile.bk, BR=tile.br, RP=launch.cdiv(low_width, tile.br) * tile.br,
-            BE=0 if segments is None else lookup_block(segments), GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
+            BE=0 if segments is None else lookup_block(segments), SIDE=side,
+            CHUNKS=0 if faulty is None else faulty.shape[1],
+            FLAGS=0 if faulty is None else triton.next_power_of_2(faulty.numel()),
+            GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
             EVEN=m % tile.bm == 0 and n % tile.bn == 0 and k % tile.bk == 0,
-            EXTEND=extend, LOW_RANK=low_rank, SEGMENTS=segmented, MASK=masked, BIAS=bias is not None, HALVES=halves,
+            EXTEND=extend, LOW_RANK=low_rank, SEGMENTS=segmented,
+            FLATTEN=tma and not low_rank and (not segmented or tile.flatten), MASK=masked, BIAS=bias is not None, HALVES=halves,
             DTYPE=TL_DTYPE[x.dtype], PRECISION=launch.input_precision(x.dtype),
         ),
         tile.warps,

@@ -1,8 +1,9 @@
 """row_norms: ||W_n + s B_n A|| for every row n [N], fp32, DoRA's.
 
-A program takes BN rows. It reads them once, BK columns at a time, makes the same columns of s B A beside them in registers, and
-sums the squares of what both are together: nothing of size [N, K] is written, and rows where the two cancel lose no digits, as
-sums of |W|^2, W . BA and |BA|^2 would. Products in fp32 (no TF32), squares in fp64, which no scaling overflows.
+A program takes BN rows and a run of columns. It reads them once, BK columns at a time, makes the same columns of s B A beside
+them in registers, and sums the squares of what both are together: nothing of size [N, K] is written, and rows where the two
+cancel lose no digits, as sums of |W|^2, W . BA and |BA|^2 would. Products in fp32 (no TF32), squares in fp64, which no scaling
+overflows. Rows alone are too few programs to hide the latencies of one another, so a second launch adds the runs' squares.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from .._counters import count
 from . import launch
 from .gemm import load_tile
 
+_PROGRAMS_A_MULTIPROCESSOR = 8
+
 
 @triton.jit
 def _row_norms_kernel(
-    w, a, b, scaling, out,
-    N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, scale,
+    w, a, b, scaling, squares,
+    N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, scale, run,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, SCALING: tl.constexpr, EVEN: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +32,8 @@ def _row_norms_kernel(
     if SCALING:
         scale = scale * tl.load(scaling).to(tl.float32)
     total = tl.zeros((BN,), tl.float64)
-    for k0 in range(0, K, BK):
+    k_start = tl.program_id(1) * run
+    for k0 in range(k_start, tl.minimum(k_start + run, K), BK):
         update = tl.zeros((BN, BK), tl.float32)
         for r0 in tl.static_range(0, RP, BR):
             b_tile = load_tile(b, row0, r0, N, R, stride_bn, stride_br, BN, BR, False).to(
@@ -41,7 +45,18 @@ def _row_norms_kernel(
         both = (w_tile + update * scale).to(tl.float64)
         total += tl.sum(both * both, axis=1)
     n = row0 + tl.arange(0, BN)
-    tl.store(out + n, tl.sqrt(total).to(tl.float32), mask=n < N)
+    tl.store(squares + tl.program_id(1) * N + n, total, mask=n < N)
+
+
+@triton.jit
+def _root_kernel(squares, out, N, runs, BN: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr):
+    launch.enter_chain(CHAIN)
+    col0 = tl.program_id(0) * BN
+    total = tl.zeros((BC, BN), tl.float64)
+    for first in range(0, runs, BC):
+        total += load_tile(squares, first, col0, runs, N, N, 1, BC, BN, False)
+    n = col0 + tl.arange(0, BN)
+    tl.store(out + n, tl.sqrt(tl.sum(total, axis=0)).to(tl.float32), mask=n < N)
 
 
 def row_norms(
@@ -51,17 +66,22 @@ def row_norms(
     n, k = weight.shape
     out = torch.empty(n, dtype=torch.float32, device=weight.device)
     count("row_norms", "triton")
-    if n == 0:
-        return out
+    if n == 0 or k == 0:
+        return out.zero_()
     rank = lora_a.shape[0]
     bn, bk, br = 16, 128, launch.pick(rank, (16, 32))
+    wanted = launch.cdiv(
+        _PROGRAMS_A_MULTIPROCESSOR * launch.multiprocessors(weight.device), launch.cdiv(n, bn)
+    )
+    run, runs = launch.split_evenly(k, bk, wanted)
+    squares = torch.empty(runs, n, dtype=torch.float64, device=weight.device)
     launch.run(
         _row_norms_kernel,
-        (launch.cdiv(n, bn),),
+        (launch.cdiv(n, bn), runs),
         weight.device,
         (
-            weight, lora_a, lora_b, scaling, out,
-            n, k, rank, *weight.stride(), *lora_a.stride(), *lora_b.stride(), float(scale),
+            weight, lora_a, lora_b, scaling, squares,
+            n, k, rank, *weight.stride(), *lora_a.stride(), *lora_b.stride(), float(scale), run,
         ),
         dict(
             BN=bn, BK=bk, BR=br, RP=launch.cdiv(rank, br) * br, SCALING=scaling is not None,
@@ -70,4 +90,6 @@ def row_norms(
         4,
         3 if rank <= 64 else 1,  # what is loaded ahead is as long as the rank
     )  # fmt: skip
+    arguments, constants = (squares, out, n, runs), dict(BN=32, BC=16)
+    launch.run(_root_kernel, (launch.cdiv(n, 32),), weight.device, arguments, constants, 2, 1)
     return out

@@ -161,6 +161,8 @@ def tile_for(rank: int, dtype: torch.dtype, device: torch.device) -> SegmentWgra
         return SegmentWgradTile(bm=32, bn=64, br=min(br, 32), warps=4, stages=1, ctas=4 * sms)
     if dtype is torch.float32:
         return SegmentWgradTile(bm=32, bn=64, br=min(br, 32), warps=4, stages=3, ctas=4 * sms)
+    if br == 16:
+        return SegmentWgradTile(bm=32, bn=128, br=br, warps=4, stages=3, ctas=2 * sms)
     return SegmentWgradTile(bm=64, bn=128, br=br, warps=4, stages=3, ctas=4 * sms)
 
 

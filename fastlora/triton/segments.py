@@ -22,20 +22,27 @@ from . import launch
 from .bounds import count_items, locate, lookup_block
 from .dot import dot_add, lost_bits
 from .down import sum_splits
-from .gemm import add_low_rank, load_tile
+from .gemm import add_low_rank, load_tile, segment_gemm, spread_tile
 from .mask import expand, load_words, make_words
+from .spread import FACTOR_ROWS, Spread, prepare, spread_factor, spread_rows, spreads
 
 
 @triton.jit(do_not_specialize=["keep"])
 def _segment_down_kernel(
-    x, l, out, bounds, scalings, rng_state,
+    x, l, out, bounds, scalings, rng_state, l_up, x_more, w_more, faulty,
     M, E, K, R, stride_xm, stride_xk, stride_le, stride_lr, stride_lk, stride_os,
-    scale, run, keep,
+    scale, run, keep, items, N, stride_ue, stride_un, stride_ur, stride_wn, stride_wc, l_run, chunks,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr,
+    SPREAD: tl.constexpr, SIDE: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, COPY: tl.constexpr,
     EVEN_K: tl.constexpr, DROP: tl.constexpr, CALLS: tl.constexpr, SCALINGS: tl.constexpr, PRECISION: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
     launch.enter_chain(CHAIN)
+    if SPREAD:
+        if tl.program_id(0) >= items:
+            spread_factor(l_up, w_more, faulty, tl.program_id(0) - items, N, R, E, stride_ue, stride_un, stride_ur,
+                          stride_wn, stride_wc, l_run, chunks, BN, SIDE, RP, COPY)  # fmt: skip
+            return
     segment, _, _, first, last = locate(bounds, tl.program_id(0), M, E, BM, BE)
     if first >= last:
         return
@@ -79,7 +86,10 @@ def _segment_down_kernel(
             scalings + segment, mask=(segment >= 0) & (segment < E), other=0.0
         ).to(tl.float32)
     here = out + split.to(tl.int64) * stride_os + m.to(tl.int64)[:, None] * R + r[None, :]
-    tl.store(here, (acc * scale).to(out.dtype.element_ty), mask=mine & live)
+    h_tile = (acc * scale).to(out.dtype.element_ty)
+    tl.store(here, h_tile, mask=mine & live)
+    if SPREAD:
+        spread_rows(h_tile, x_more, bounds, segment, row0, mine, M, E, BM, BR, BE, SIDE, RP, TILE)
 
 
 @triton.jit
@@ -174,8 +184,10 @@ def down(
     rng_state: Tensor | None,
     keep: int,
     tile: SegmentDownTile | None = None,
+    more: Spread | None = None,
 ) -> Tensor:
-    """``reference.segment_down`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+    """``reference.segment_down`` on Triton. ``tile`` overrides the plan (for sweeps); ``more`` is filled, which takes a tile
+    of one run of K and all ranks."""
     m, k = x.shape
     segments, rank, _ = l.shape
     if m == 0 or rank == 0 or k == 0 or segments == 0:
@@ -185,18 +197,34 @@ def down(
     run, splits = launch.split_evenly(k, tile.bk, tile.splits)
     h = x.new_empty(m, rank)
     target = h if splits == 1 else x.new_empty(splits, m, rank, dtype=torch.float32)
+    items = count_items(m, segments, tile.bm)
+    beside: tuple[Tensor | None, ...] = (None,) * 4
+    spreading: tuple[int, ...] = (items,) + (0,) * 8
+    if more is not None:
+        beside = more.l, more.x_more, more.w_more, more.faulty
+        spreading = (
+            items,
+            more.l.shape[1],
+            *more.l.stride(),
+            *more.w_strides,
+            more.run,
+            more.faulty.shape[1],
+        )
     launch.run(
         _segment_down_kernel,
-        (count_items(m, segments, tile.bm), launch.cdiv(rank, tile.br), splits),
+        (items + (0 if more is None else more.tasks), launch.cdiv(rank, tile.br), splits),
         x.device,
         (
             x, l, target, bounds, None if scalings is None else scalings.contiguous(),
-            None if rng_state is None else rng_state.contiguous(),
+            None if rng_state is None else rng_state.contiguous(), *beside,
             m, segments, k, rank, *x.stride(), *l.stride(), m * rank,
-            scale, run, keep,
+            scale, run, keep, *spreading,
         ),
         dict(
-            BM=tile.bm, BK=tile.bk, BR=tile.br, BE=lookup_block(segments), EVEN_K=k % tile.bk == 0, DROP=drop,
+            BM=tile.bm, BK=tile.bk, BR=tile.br, BE=lookup_block(segments), SPREAD=more is not None,
+            SIDE=0 if more is None else more.side, RP=0 if more is None else more.rank,
+            TILE=0 if more is None else more.bm, BN=FACTOR_ROWS, COPY=more is not None and more.copies,
+            EVEN_K=k % tile.bk == 0, DROP=drop,
             CALLS=philox_calls(keep), SCALINGS=scalings is not None, PRECISION=launch.input_precision(x.dtype),
         ),
         tile.warps,
@@ -206,6 +234,32 @@ def down(
         sum_splits(target, h)
     count("segment_down", "triton")
     return h
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bounds: Tensor,
+    scalings: Tensor | None,
+    scale: float,
+    rng_state: Tensor | None,
+    keep: int,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """(y, h) of ``down`` and ``segment_gemm``, with h and b spread so that they are more of K; None where other ways suit."""
+    tile = spread_tile(x, w, b)
+    if tile is None or not spreads(b, tile.bk):
+        return None
+    segments, rank, k = a.shape
+    drop = rng_state is not None
+    wide = down_tile(x.shape[0], k, rank, segments, (x.dtype, a.dtype), drop, x.device)
+    if wide.splits > 1 or wide.br < rank or tile.bm % wide.bm != 0:
+        return None
+    more = prepare(x.shape[0], b, x.dtype, w.stride(1) == 1, tile.bm, tile.bk)
+    h = down(x, a, bounds, scalings, scale, rng_state, keep, wide, more)
+    return segment_gemm(x, w, h, b, bounds, bias, None, tile, more), h
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,15 @@ pytestmark = [pytest.mark.gpu]
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(autouse=True, params=["segment_gemm", "segment_up"])
+@pytest.fixture(autouse=True, params=["segment_linear", "segment_gemm", "segment_up"])
 def product(request, monkeypatch):
-    """Strictly on Triton, so that no loop can pass for the kernels; y and dX in one launch, and in two."""
-    least = 1 if request.param == "segment_gemm" else 1 << 40
-    monkeypatch.setattr(segment_ops, "_FEWEST_ROWS_A_SEGMENT", least)
+    """Strictly on Triton, so that no loop can pass for the kernels; y and dX in one launch, either way, and in two."""
+    ways = {
+        "_FEWEST_SPREAD_ROWS_A_SEGMENT": "segment_linear",
+        "_FEWEST_ROWS_A_SEGMENT": "segment_gemm",
+    }
+    for rule, way in ways.items():
+        monkeypatch.setattr(segment_ops, rule, 0 if request.param == way else 1 << 40)
     reason = support.miss("segment_down", "triton", torch.device("cuda", 0), BF16, 16)
     if reason is not None:
         pytest.skip(reason)
@@ -70,7 +74,15 @@ def test_nothing_waits_for_the_device(product):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     counts = {op: count for (op, _), count in fastlora.launches().items()}
-    products = {"segment_gemm": 2} if product == "segment_gemm" else {"gemm": 2, "segment_up": 2}
+    products = {
+        "segment_linear": {
+            "segment_linear": 1,
+            "gemm": 1,
+            "segment_up": 1,
+        },  # not dX, with its mask
+        "segment_gemm": {"segment_gemm": 2},
+        "segment_up": {"gemm": 2, "segment_up": 2},
+    }[product]
     rest = {"segment_bounds": 1, "segment_down": 2, "segment_wgrad": 1, "mask": 1}
     assert counts == rest | products
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import QLoRALinear
-from fastlora.autograd.scale import scale
+from fastlora.autograd import scale_columns as scale
 from fastlora.layers.ia3 import IA3Layer
 from fastlora.layers.norm_tuning import TunedNorm
 

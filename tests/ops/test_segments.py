@@ -268,6 +268,8 @@ def test_one_launch_is_for_many_rows():
             segment_ops.gemm_fit(8192, 17, dtype).slower
             == "17 segments of 8192 rows are for segment_up"
         )
+        assert segment_ops.gemm_fit(8192, 128, dtype, 64) == support.Fit()
+        assert segment_ops.gemm_fit(8192, 129, dtype, 64).slower.endswith("for segment_up")
     assert segment_ops.gemm_fit(8192, 1, F32).slower.startswith("fp32 sums need the registers")
 
 

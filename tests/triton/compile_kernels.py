@@ -24,9 +24,12 @@ from fastlora.triton import (
     launch,
     nf4_linear,
     norms,
+    scale_columns,
+    scale_columns_backward,
     segment_bounds,
     segment_down,
     segment_gemm,
+    segment_linear,
     segment_up,
     segment_wgrad,
     wgrad,
@@ -36,6 +39,7 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
@@ -121,6 +125,11 @@ def main() -> None:
             for weight in (w, w[:100, :200]):
                 rows, cols = weight.shape
                 norms.row_norms(weight, a[:, :cols], b[:rows], None, 0.5)
+                magnitude, norm = empty(cols), empty(cols)
+                for rest in (None, weight, weight[0]):
+                    scale_columns(weight, magnitude, norm, rest)
+                scale_columns_backward(weight, weight, magnitude, norm, True, False)
+                scale_columns_backward(weight, None, magnitude, None, True, True)
         elif op == "nf4":
             for nested, rows in ((0, 16), (256, 64)):
                 weight = codes, scales if nested else scales[1:2], Form(n, k, 64, nested, False)
@@ -147,6 +156,10 @@ def main() -> None:
                 segment_gemm(x, w, h, b, bounds, None, None)
                 segment_gemm(x, w.t(), h, a.transpose(1, 2), bounds, None, None)
                 segment_gemm(x, w.t(), h, a.transpose(1, 2), bounds, None, words)
+                segment_linear(x, w, a, b, bounds, None, 0.5, None, 65536, None)
+                segment_linear(x, w, a, b, bounds, None, 0.5, state, 62256, None)
+                b_t, a_t = b.transpose(1, 2), a.transpose(1, 2)
+                segment_linear(x, w.t(), b_t, a_t, bounds, None, 0.5, None, 65536, None)
             segment_wgrad(x, h, x, h, bounds, None, factors, factors)
             segment_wgrad(x, h, None, None, bounds, words, factors, factors)
         else:

@@ -256,6 +256,73 @@ def test_an_adapter_that_overflowed_spoils_its_own_rows_alone(bad):
     assert torch.equal(y[~spoilt], truth[~spoilt])
 
 
+def linear_of(x, w, a, b, bounds, *args):
+    """``segments.linear`` where it takes them, wherever that is."""
+    made = segments.linear(x, w, a, b, bounds, None, 1.0, None, 65536, *(args or (None,)))
+    if made is None:
+        assert not GPU or launch.capability(DEVICE) < (9, 0)
+        pytest.skip("more of K is for descriptors")
+    return made
+
+
+def linear_operands(m, k, n, r, count, dtype, dx):
+    x, w, _, b, bias = gemm_operands(m, k, n, r, count, dtype, dx)
+    return x, w, small(count, r, k, dtype=dtype), b, bias
+
+
+@pytest.mark.parametrize("dx", [False, True], ids=["y", "dX"])
+@pytest.mark.parametrize("r", [1, 8, 12, 16, 20, 32])
+@pytest.mark.parametrize("name", [*EDGES][:-1])
+def test_terms_that_are_more_of_k_are_exact_on_integers(name, r, dx):
+    """h too, which is spread besides: wherever segments begin, whether the factors lie as they should or not."""
+    bounds, count = bounds_of(EDGES[name]), len(EDGES[name]) - 1
+    x, w, a, b, bias = linear_operands(M, 8, 72, r, count, FP16, dx)
+    y, h = linear_of(x, w, a, b, bounds, bias)
+    true = reference.segment_down(x.double(), a.double(), bounds, None, 1.0)
+    assert torch.equal(h, true.to(FP16))
+    assert_same_bits("y", y, gemm_truth(x, w, h, b, bounds, bias, None).to(FP16))
+
+
+def test_too_many_segments_or_ranks_are_not_spread():
+    for r, count in ((65 if GPU else 33, 2), (8, 512), (8, 0), (0, 3)):
+        x, w, a, b, _ = linear_operands(M, 8, 72, max(r, 1), max(count, 1), FP16, False)
+        bounds = bounds_of([0] * (count + 1))
+        args = bounds, None, 1.0, None, 65536, None
+        assert segments.linear(x, w, a[:count, :r], b[:count, :, :r], *args) is None
+
+
+def test_fp32_factors_are_rounded_on_the_way():
+    bounds = bounds_of([2, 20, 45, 60])
+    x, w, a, b, _ = linear_operands(M, 40, 72, 8, 3, FP16, False)
+    y, h = linear_of(x, w, a.float(), b.float(), bounds)
+    assert_same_bits("y", y, gemm_truth(x, w, h, b, bounds, None, None).to(FP16))
+
+
+@pytest.mark.parametrize("dx", [False, True], ids=["y", "dX"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 1e30])
+@pytest.mark.parametrize("r", [4, 16])
+def test_more_of_k_keeps_an_adapter_that_overflowed_to_its_rows(bad, r, dx):
+    """Zeros that stand in for others' ranks must not be multiplied by it; 1e30 is finite until it is rounded."""
+    x, w, a, b, _ = linear_operands(M, 40, 72, r, 3, FP16, dx)
+    bounds = bounds_of([2, 20, 45, 60])
+    a[:] = a.abs()
+    a[:, :, 0] += 1
+    x = x.abs() + 1
+    y, h = linear_of(x, w, a, b, bounds)
+    assert (h[2:60] != 0).all()
+    spoilt = torch.zeros(M, 72, dtype=torch.bool, device=DEVICE)
+    spoilt[20:45, 7] = True
+    b = b.float()
+    b[1, 7, 0] = bad
+    got, _ = linear_of(x, w, a, b, bounds)
+    assert not got[spoilt].isfinite().any()
+    assert torch.equal(got[~spoilt], y[~spoilt])
+    x[50] = bad  # and a row its own outputs
+    got, _ = linear_of(x, w, a, b, bounds)
+    spoilt[50] = True
+    assert torch.equal(got[~spoilt], y[~spoilt]) and not got[50].isfinite().all()
+
+
 def test_infinite_rows_stay_in_their_own_segment():
     """Rows of others share a tile: what they hold must not be multiplied by zero, which would be NaN."""
     m, k, n, r = 64, 32, 24, 4
@@ -294,9 +361,10 @@ def test_launches_and_workspace_do_not_depend_on_offsets(monkeypatch):
         segments.down(x, a, offsets, None, 1.0, None, 65536)
         segments.up(h, b, offsets, None, dy)
         gemm.segment_gemm(x, b[0].new_zeros(n, k), h, b, offsets, None, None)
+        segments.linear(x, b[0].new_zeros(n, k), a, b, offsets, None, 1.0, None, 65536, None)
         segment_wgrad.wgrad(x, h, dy, h, offsets, None, FP32, FP32)
         runs.append(list(seen))
-    assert len(runs[0]) >= 6 and runs[0] == runs[1] == runs[2]
+    assert len(runs[0]) >= 8 and runs[0] == runs[1] == runs[2]
 
 
 @pytest.mark.parametrize(("m", "k", "n", "count"), [(2**22, 8, 8, 64), (8, 2**20, 2**20, 64)])
