@@ -7,7 +7,7 @@ import time
 import torch
 
 from .. import reference
-from . import nf4, norms, raw, segments, support
+from . import bottleneck, nf4, norms, raw, segments, support
 
 
 def _error(got: torch.Tensor, truth: torch.Tensor) -> float:
@@ -89,6 +89,27 @@ def _row_norms(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tenso
     return _error(norms.row_norms(w, a, b, 0.5), truth)
 
 
+def _bottleneck_down(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    bias = a[:, 0].contiguous()
+    truth, _ = reference.bottleneck_down(x.double(), a.double(), bias.double(), "silu", False)
+    return _error(bottleneck.bottleneck_down(x, a, bias, "silu", False)[0], truth)
+
+
+def _bottleneck_down_backward(
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> float:
+    p = x[:, : a.shape[0]].contiguous()
+    wide = x.double(), a.double(), p.double()
+    truth, _ = reference.bottleneck_down_backward(*wide, "silu", False)
+    return _error(bottleneck.bottleneck_down_backward(x, a, p, "silu", False)[0], truth)
+
+
+def _bottleneck_up(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    h, bias, y = x[:, : b.shape[1]].contiguous(), b[:, 0].contiguous(), x @ w.t()
+    truth = reference.bottleneck_up(h.double(), b.double(), bias.double(), y.double())
+    return _error(bottleneck.bottleneck_up(h, b, bias, y), truth)
+
+
 _CHECKS = {
     "mask": _mask,
     "down": _down,
@@ -101,6 +122,9 @@ _CHECKS = {
     "segment_up": _segment_up,
     "segment_wgrad": _segment_wgrad,
     "row_norms": _row_norms,
+    "bottleneck_down": _bottleneck_down,
+    "bottleneck_down_backward": _bottleneck_down_backward,
+    "bottleneck_up": _bottleneck_up,
 }
 
 

@@ -20,7 +20,11 @@ import torch
 from .. import _library, switches
 
 SEGMENT_OPS = ("segment_bounds", "segment_down", "segment_up", "segment_wgrad")
-OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize", *SEGMENT_OPS, "row_norms")
+BOTTLENECK_OPS = ("bottleneck_down", "bottleneck_down_backward", "bottleneck_up")
+OPS = (
+    *("mask", "down", "gemm", "wgrad", "quantize", "dequantize", *SEGMENT_OPS, "row_norms"),
+    *BOTTLENECK_OPS,
+)
 BACKENDS = ("cuda", "triton", "torch")
 MAX_RANK = 512
 
