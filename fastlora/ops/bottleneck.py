@@ -3,6 +3,7 @@
     _bottleneck_down            p = x l^T + bias,  a = act(p)
     _bottleneck_down_backward   g = (dY l^T) * act'(p),  a = act(p)
     _bottleneck_up              y = residual + h l^T + bias
+    _bottleneck_wgrad           dDown = g^T x,  dUp = dY^T a,  du = sum_m dY
 
 Private, as those of raw.py are; contracts as in reference.py. An output that was not asked for comes back with shape [0].
 """
@@ -31,6 +32,10 @@ _library.define(
     "_bottleneck_down_backward(Tensor dy, Tensor l, Tensor p, str kind, bool both) -> (Tensor, Tensor)"
 )
 _library.define("_bottleneck_up(Tensor h, Tensor l, Tensor? bias, Tensor? residual) -> Tensor")
+_library.define(
+    "_bottleneck_wgrad(Tensor? x, Tensor? g, Tensor? dy, Tensor? a, ScalarType dtype_down, ScalarType dtype_up, "
+    "ScalarType? dtype_bias) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _takes_kernels(part: str, width: int) -> bool:
@@ -61,6 +66,25 @@ def _up(h: Tensor, l: Tensor, bias: Tensor | None, residual: Tensor | None) -> T
     return y
 
 
+def _wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    a: Tensor | None,
+    dtype_down: torch.dtype,
+    dtype_up: torch.dtype,
+    dtype_bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like, skinny = x if x is not None else dy, g if g is not None else a
+    assert like is not None
+    width = 0 if skinny is None else skinny.shape[1]
+    if width <= support.MAX_RANK and _takes_kernels("wgrad", width):
+        return raw.wgrad(x, g, dy, a, None, dtype_down, dtype_up, dtype_bias)
+    outputs = torch_backend.bottleneck_wgrad(x, g, dy, a, dtype_down, dtype_up, dtype_bias)
+    d_down, d_up, d_bias = (like.new_empty(0) if out is None else out for out in outputs)
+    return d_down, d_up, d_bias
+
+
 def _fake_down(x: Tensor, l: Tensor, bias_or_p: Tensor, kind: str, both: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = x.shape[0], l.shape[0]
     return x.new_empty(shape), x.new_empty(shape if both else 0)
@@ -70,7 +94,17 @@ def _fake_up(h: Tensor, l: Tensor, bias: Tensor | None, residual: Tensor | None)
     return h.new_empty(h.shape[0], l.shape[0], dtype=None if residual is None else residual.dtype)
 
 
+def _fake_wgrad(x, g, dy, a, dtype_down, dtype_up, dtype_bias):  # type: ignore[no-untyped-def]
+    like = x if x is not None else dy
+    return (
+        like.new_empty(0) if x is None else x.new_empty(g.shape[1], x.shape[1], dtype=dtype_down),
+        like.new_empty(0) if a is None else dy.new_empty(dy.shape[1], a.shape[1], dtype=dtype_up),
+        like.new_empty(0) if dtype_bias is None else dy.new_empty(dy.shape[1], dtype=dtype_bias),
+    )
+
+
 for _name, _kernel, _fake in (
+    ("_bottleneck_wgrad", _wgrad, _fake_wgrad),
     ("_bottleneck_down", _down, _fake_down),
     ("_bottleneck_down_backward", _down_backward, _fake_down),
     ("_bottleneck_up", _up, _fake_up),
@@ -78,6 +112,7 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
 
+_wgrad_op = torch.ops.fastlora._bottleneck_wgrad.default
 _down_op = torch.ops.fastlora._bottleneck_down.default
 _down_backward_op = torch.ops.fastlora._bottleneck_down_backward.default
 _up_op = torch.ops.fastlora._bottleneck_up.default
@@ -118,13 +153,10 @@ def bottleneck_wgrad(
     dtype_bias: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """g^T x [r, K], dy^T a [N, r] and sum_m dy [N], each None where its inputs (or its dtype) are."""
-    like, skinny = x if x is not None else dy, g if g is not None else a
-    if like is None:
+    if x is None and dy is None:
         return None, None, None
-    width = 0 if skinny is None else skinny.shape[1]
-    if width > support.MAX_RANK or not _takes_kernels("wgrad", width):
-        return torch_backend.bottleneck_wgrad(x, g, dy, a, dtype_down, dtype_up, dtype_bias)
-    d_down, d_up, d_bias = raw.wgrad(x, g, dy, a, None, dtype_down, dtype_up, dtype_bias)
+    made = _wgrad if is_eager(x if x is not None else dy) else _wgrad_op  # type: ignore[arg-type]
+    d_down, d_up, d_bias = made(x, g, dy, a, dtype_down, dtype_up, dtype_bias)
     return (
         None if x is None else d_down,
         None if a is None else d_up,

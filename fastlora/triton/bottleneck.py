@@ -54,9 +54,10 @@ def _bottleneck_down_kernel(
     KIND: tl.constexpr, BACK: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     launch.enter_chain(CHAIN)
-    row0 = tl.program_id(0) * BM
-    rank0 = tl.program_id(1) * BR
-    split = tl.program_id(2)
+    blocks_r = tl.cdiv(R, BR)  # side by side, so that x is read from memory once
+    row0 = tl.program_id(0) // blocks_r * BM
+    rank0 = tl.program_id(0) % blocks_r * BR
+    split = tl.program_id(1)
     begin = split * run
     end = begin + tl.minimum(run, K - begin)
     acc = skinny_product(x, l, None, None, row0, rank0, begin, end, M, R, stride_xm, stride_xk, stride_lr, stride_lk, 0, 0,
@@ -124,7 +125,7 @@ def _down(
     end = dict(KIND=kind, BACK=p is not None, BOTH=both)
     launch.run(
         _bottleneck_down_kernel,
-        (launch.cdiv(m, tile.bm), launch.cdiv(rank, tile.br), splits),
+        (launch.cdiv(m, tile.bm) * launch.cdiv(rank, tile.br), splits),
         x.device,
         (x, l, out, other, bias, p, partial, m, k, rank, *x.stride(), *l.stride(), run),
         dict(

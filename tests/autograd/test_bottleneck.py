@@ -240,6 +240,25 @@ def test_kernels_are_taken_up_to_the_width_measured_and_above_where_they_are_ask
         assert run(17) == {*downs, "bottleneck_up", "wgrad"}
 
 
+@pytest.mark.parametrize("r", [R, 100])
+@pytest.mark.parametrize("around", [True, False])
+def test_compiles_whole(r: int, around: bool) -> None:
+    """In one graph, forward and backward, whoever makes the products."""
+    x = torch.randn(5, K, requires_grad=True)
+    leaves = [x, *drawn(r, K, torch.float32)]
+
+    def run(x: Tensor, *factors: Tensor) -> Tensor:
+        return bottleneck(x, x if around else None, *factors, "gelu")
+
+    dy = torch.randn(5, K)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, want in zip(
+        torch.autograd.grad(compiled(*leaves), leaves, dy),
+        torch.autograd.grad(run(*leaves), leaves, dy),
+    ):
+        torch.testing.assert_close(got, want)
+
+
 def test_bad_shapes_and_second_derivatives_are_refused() -> None:
     factors = drawn(dtype=torch.float32)
     x = torch.randn(3, K, requires_grad=True)

@@ -214,6 +214,11 @@ def test_ops_and_their_fakes():
         check(lib._bottleneck_down_backward.default, (x, up.t(), p, "silu", both))
     for bias, residual in ((None, None), (randn(24), x), (None, x.double())):
         check(lib._bottleneck_up.default, (a, up, bias, residual))
+    for r in (5, 100):  # kernels, and torch's products
+        g, dtypes = randn(12, r), (F32, F16)
+        for inputs in ((x, g, x, g), (x, g, None, None), (None, None, x, g), (None, None, x, None)):
+            for bias in (None, F32) if inputs[2] is not None else (None,):
+                check(lib._bottleneck_wgrad.default, (*inputs, *dtypes, bias))
 
 
 def test_the_same_bits_every_time():
