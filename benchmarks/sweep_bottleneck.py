@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from fastlora.testing.timing import Contender, DeviceClock, Rule, measure
 
 FEATURES, KIND = 4096, "relu"
 ROWS = (512, 2048, 8192)
-WIDTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+WIDTHS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 TORCH, TRITON = "torch", "triton"
 
 
@@ -34,6 +35,11 @@ def parts(m: int, d: int, r: int, device: torch.device, dtype: torch.dtype) -> d
     """Part -> its contenders, torch's first."""
     from fastlora import triton
     from fastlora.triton import bottleneck as kernels
+    from fastlora.triton import launch
+
+    wgrad_tiles = importlib.import_module(
+        "fastlora.triton.wgrad"
+    )  # the package's name is the function
 
     def random(*shape: int) -> Tensor:
         return (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(dtype)
@@ -43,8 +49,21 @@ def parts(m: int, d: int, r: int, device: torch.device, dtype: torch.dtype) -> d
     module = [t.clone().requires_grad_() for t in (x, down, d_bias, up, u_bias)]
 
     def tile(bm: int, bn: int, warps: int) -> Callable[[], object]:
-        shape = kernels.UpTile(bm, bn, min(64, max(16, r)), warps, 1 if r <= 64 else 3)
+        shape = kernels.UpTile(bm, bn, launch.pick(r, (16, 32, 64)), warps, 1 if r <= 64 else 3)
         return lambda: kernels.bottleneck_up(p, up, u_bias, x, shape)
+
+    def down_tile(br: int) -> dict[str, Callable[[], object]]:
+        """128 rows and more columns than the plan's tile has, K in as many runs as fill 132 SMs."""
+        splits = max(1, 132 // (-(-m // 128) * -(-r // br)))
+        shape = kernels.DownTile(128, 64, br, warps=8, stages=4, splits=splits)
+        return {
+            "down": lambda: kernels.bottleneck_down(x, down, d_bias, KIND, True, shape),
+            "down backward": lambda: kernels.bottleneck_down_backward(dy, up.t(), p, KIND, True, shape),
+        }  # fmt: skip
+
+    def wgrad_tile(br: int) -> Callable[[], object]:
+        shape = wgrad_tiles.WgradTile(64, 128, br, warps=8, stages=4, ctas=118)
+        return lambda: triton.wgrad(*gradients[:4], None, *gradients[4:], shape)
 
     def with_ones() -> Tensor:
         """One product whose addend is the residual: the bias is a row of the factor beside a column of ones."""
@@ -93,9 +112,14 @@ def parts(m: int, d: int, r: int, device: torch.device, dtype: torch.dtype) -> d
         },
         "wgrad": {
             TORCH: lambda: torch_backend.bottleneck_wgrad(*gradients),
-            TRITON: lambda: triton.wgrad(x, p, dy, p, None, dtype, dtype, dtype),
+            TRITON: lambda: triton.wgrad(*gradients[:4], None, *gradients[4:]),
         },
     }
+    for br in (128, 256):
+        if r > 64 and (br == 128 or r > 128):
+            for part, run in down_tile(br).items():
+                calls[part][f"128x{br}"] = run
+            calls["wgrad"][f"128x{br}"] = wgrad_tile(br)
     made = {part: {name: Contender(run) for name, run in c.items()} for part, c in calls.items()}
     for train in (False, True):
         made["f+b" if train else "fwd"] = {

@@ -36,14 +36,14 @@ def _finish(
     dtype = out.dtype.element_ty
     if BACK:
         pre = tl.load(p + at, mask=inside, other=0.0).to(tl.float32)
-        made = activate_backward(acc, pre, KIND)
-        beside = activate(pre, KIND)
+        tl.store(out + at, activate_backward(acc, pre, KIND).to(dtype), mask=inside)
+        if BOTH:
+            tl.store(other + at, activate(pre, KIND).to(dtype), mask=inside)
     else:
-        beside = (acc + tl.load(bias + r, mask=inside, other=0.0).to(tl.float32)).to(dtype)
-        made = activate(beside.to(tl.float32), KIND)
-    tl.store(out + at, made.to(dtype), mask=inside)
-    if BOTH:
-        tl.store(other + at, beside.to(dtype), mask=inside)
+        pre = (acc + tl.load(bias + r, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        if BOTH:
+            tl.store(other + at, pre, mask=inside)
+        tl.store(out + at, activate(pre.to(tl.float32), KIND).to(dtype), mask=inside)
 
 
 @triton.jit

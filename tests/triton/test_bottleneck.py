@@ -78,14 +78,14 @@ def test_activations_are_torchs_and_so_are_their_gradients(kind):
     one = torch.ones(1, 1, device=DEVICE)
     a, _ = kernels.bottleneck_down(p, one, torch.zeros(1, device=DEVICE), kind, False)
     exact = KINDS[kind].forward(p.double())
-    torch.testing.assert_close(a.double(), exact, rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(a.double(), exact, rtol=4e-6, atol=5e-7)
     small = p.abs() < 1e-2  # relative there, as torch's is
-    torch.testing.assert_close(a.double()[small], exact[small], rtol=2e-6, atol=0)
+    torch.testing.assert_close(a.double()[small], exact[small], rtol=4e-6, atol=0)
     dy = torch.full_like(p, 1.5)
     g, again = kernels.bottleneck_down_backward(dy, one, p, kind, True)
     leaf = p.double().requires_grad_()
     (true,) = torch.autograd.grad(KINDS[kind].forward(leaf), leaf, dy.double())
-    torch.testing.assert_close(g.double(), true, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(g.double(), true, rtol=4e-6, atol=1e-6)
     assert torch.equal(again, a)
 
 
