@@ -18,10 +18,10 @@ from torch import Tensor
 from . import raw, support, torch_backend
 from .linear import is_eager
 
-# Widths up to which the kernels are taken where nobody asks for a backend; above, products are torch's own. A skinny product is
-# bound by memory up to a few hundred columns, but the kernels of ``down`` and ``wgrad`` hold all columns of a tile at once: above
-# 64 or so x (dY) is read once more for every 128 of them, in tiles too small for tensor cores to be fed well. What ``up`` saves,
-# a pass over [M, N] that adds the residual, does not shrink with the width. Measured by benchmarks/sweep_bottleneck.py.
+# Widths up to which the kernels are taken where nobody asks for a backend; above, products are torch's own. The kernels of ``down``
+# and ``wgrad`` hold tiles of up to 128 columns: with more, x (dY) passes through L2 once for each 128, where torch's tiles are
+# larger and feed tensor cores better. What ``up`` saves, a pass over [M, N] that adds the residual, does not shrink with the width.
+# Reckoned, not measured yet: benchmarks/sweep_bottleneck.py prints what to write here.
 WIDEST = {"down": 64, "up": support.MAX_RANK, "wgrad": 64}
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
