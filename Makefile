@@ -61,6 +61,7 @@ bench: $(RUN_READY)  ## the benchmarks; results are for GPUs
 	$(PY) -m benchmarks.bench_qlora
 	$(PY) -m benchmarks.bench_step
 	$(PY) -m benchmarks.bench_segments
+	$(PY) -m benchmarks.bench_methods
 
 lint: $(DEV_READY)  ## formatting, style, types, layering
 	$(PY) -m ruff check .

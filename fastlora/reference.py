@@ -8,6 +8,10 @@ are the ``torch`` backend. Shapes: x [M, K], w [N, K], lora_a [r, K], lora_b [N,
     wgrad  dA = g^T drop(x) [r, K],  dB = dy^T h [N, r],  dbias = sum_m dy [N]
     mask   the dropout mask of ``fastlora.rng``, as words that the other three take
 
+    bottleneck_down            p = x l^T + bias,  a = act(p)            [M, r]
+    bottleneck_down_backward   g = (dY l^T) * act'(p),  a = act(p)      [M, r]
+    bottleneck_up              y = residual + h l^T + bias              [M, N]
+
 ``segment_*`` are the same for runs of rows with a factor of their own: l [E, ., .], segment e of rows bounds[e] to
 bounds[e + 1]. They loop over segments, and on a GPU wait for bounds.
 """
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import rng
+from .activations import KINDS
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _MASK32 = 0xFFFFFFFF
@@ -130,6 +135,32 @@ def wgrad(
     if dy is not None and dtype_bias is not None:
         d_bias = dy.sum(0, dtype=_accumulator(dy.dtype)).to(dtype_bias)
     return d_a, d_b, d_bias
+
+
+# ---- bottlenecks: torch's own products -----------------------------------------------------------------------
+
+
+def bottleneck_down(
+    x: Tensor, l: Tensor, bias: Tensor, kind: str, both: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(act(p), and with ``both`` p) of p = x l^T + bias: [M, r] in x's dtype."""
+    p = torch.nn.functional.linear(x, l.to(x.dtype), bias.to(x.dtype))
+    a = KINDS[kind].forward(p)
+    return a, p if both else None
+
+
+def bottleneck_down_backward(
+    dy: Tensor, l: Tensor, p: Tensor, kind: str, both: bool
+) -> tuple[Tensor, Tensor | None]:
+    """((dy l^T) * act'(p), and with ``both`` act(p)): [M, r] in dy's dtype."""
+    act = KINDS[kind]
+    return act.backward(dy @ l.to(dy.dtype).t(), p), act.forward(p) if both else None
+
+
+def bottleneck_up(h: Tensor, l: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """residual + h l^T + bias: [M, N] in residual's dtype, without one in h's."""
+    y = torch.nn.functional.linear(h, l.to(h.dtype), None if bias is None else bias.to(h.dtype))
+    return y if residual is None else torch.add(residual, y).to(residual.dtype)
 
 
 # ---- segments: rows bounds[e]..bounds[e + 1] have the factors e ----------------------------------------------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from .. import __version__
-from ..autograd.bottleneck import ACTIVATIONS
+from ..activations import ACTIVATIONS
 from ..layers.bottleneck import BottleneckSettings
 from . import adapters_layout
 from .base import PeftConfig, TargetedConfig

@@ -1,5 +1,11 @@
 """Raw ops and the choice of who runs them. ``fastlora.autograd`` is the only caller besides tests."""
 
+from .bottleneck import (
+    bottleneck_down,
+    bottleneck_down_backward,
+    bottleneck_up,
+    bottleneck_wgrad,
+)
 from .linear import lora_backward, lora_forward
 from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
 from .norms import row_norms
@@ -19,6 +25,10 @@ from .support import Form, backend
 __all__ = [
     "Form",
     "backend",
+    "bottleneck_down",
+    "bottleneck_down_backward",
+    "bottleneck_up",
+    "bottleneck_wgrad",
     "dequantize",
     "down",
     "gemm",

@@ -7,7 +7,7 @@ import time
 import torch
 
 from .. import reference
-from . import nf4, norms, raw, scale, segments, support
+from . import bottleneck, nf4, norms, raw, scale, segments, support
 
 
 def _error(got: torch.Tensor, truth: torch.Tensor) -> float:
@@ -104,6 +104,27 @@ def _scale_columns_backward(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b
     return _error(got, truth)
 
 
+def _bottleneck_down(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    bias = a[:, 0].contiguous()
+    truth, _ = reference.bottleneck_down(x.double(), a.double(), bias.double(), "silu", False)
+    return _error(bottleneck.bottleneck_down(x, a, bias, "silu", False)[0], truth)
+
+
+def _bottleneck_down_backward(
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> float:
+    p = x[:, : a.shape[0]].contiguous()
+    wide = x.double(), a.double(), p.double()
+    truth, _ = reference.bottleneck_down_backward(*wide, "silu", False)
+    return _error(bottleneck.bottleneck_down_backward(x, a, p, "silu", False)[0], truth)
+
+
+def _bottleneck_up(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    h, bias, y = x[:, : b.shape[1]].contiguous(), b[:, 0].contiguous(), x @ w.t()
+    truth = reference.bottleneck_up(h.double(), b.double(), bias.double(), y.double())
+    return _error(bottleneck.bottleneck_up(h, b, bias, y), truth)
+
+
 _CHECKS = {
     "mask": _mask,
     "down": _down,
@@ -118,6 +139,9 @@ _CHECKS = {
     "row_norms": _row_norms,
     "scale_columns": _scale_columns,
     "scale_columns_backward": _scale_columns_backward,
+    "bottleneck_down": _bottleneck_down,
+    "bottleneck_down_backward": _bottleneck_down_backward,
+    "bottleneck_up": _bottleneck_up,
 }
 
 

@@ -21,7 +21,11 @@ from .. import _library, switches
 
 SEGMENT_OPS = ("segment_bounds", "segment_down", "segment_up", "segment_wgrad")
 DORA_OPS = ("row_norms", "scale_columns", "scale_columns_backward")
-OPS = ("mask", "down", "gemm", "wgrad", "quantize", "dequantize", *SEGMENT_OPS, *DORA_OPS)
+BOTTLENECK_OPS = ("bottleneck_down", "bottleneck_down_backward", "bottleneck_up")
+OPS = (
+    *("mask", "down", "gemm", "wgrad", "quantize", "dequantize"),
+    *(*SEGMENT_OPS, *DORA_OPS, *BOTTLENECK_OPS),
+)
 BACKENDS = ("cuda", "triton", "torch")
 MAX_RANK = 512
 

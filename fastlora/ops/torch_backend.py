@@ -153,3 +153,49 @@ def scale_columns_backward(dy: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     count("scale_columns_backward", "torch")
     with _autocast_off(dy):
         return reference.scale_columns_backward(dy, *rest)
+
+
+def bottleneck_down(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    """``reference.bottleneck_down``."""
+    count("bottleneck_down", "torch")
+    with _autocast_off(x):
+        return reference.bottleneck_down(x, *rest)
+
+
+def bottleneck_down_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    """``reference.bottleneck_down_backward``."""
+    count("bottleneck_down_backward", "torch")
+    with _autocast_off(dy):
+        return reference.bottleneck_down_backward(dy, *rest)
+
+
+def bottleneck_up(h: Tensor, *rest: Any) -> Tensor:
+    """``reference.bottleneck_up``."""
+    count("bottleneck_up", "torch")
+    with _autocast_off(h):
+        return reference.bottleneck_up(h, *rest)
+
+
+def bottleneck_wgrad(
+    x: Tensor | None,
+    g: Tensor | None,
+    dy: Tensor | None,
+    a: Tensor | None,
+    dtype_down: torch.dtype,
+    dtype_up: torch.dtype,
+    dtype_bias: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``wgrad`` where g and a are no skinny matrices: products in the inputs' own dtype, as autograd has them."""
+    count("wgrad", "torch")
+    like = x if x is not None else dy
+    assert like is not None
+    d_down = d_up = d_bias = None
+    with _autocast_off(like):
+        if x is not None and g is not None:
+            d_down = (g.t() @ x).to(dtype_down)
+        if dy is not None and a is not None:
+            d_up = (dy.t() @ a).to(dtype_up)
+        if dy is not None and dtype_bias is not None:
+            wide = torch.promote_types(dy.dtype, torch.float32)
+            d_bias = dy.sum(0, dtype=wide).to(dtype_bias)
+    return d_down, d_up, d_bias

@@ -1,6 +1,7 @@
 """The ``triton`` backend: every op as a Triton kernel, same contracts as reference.py and csrc/."""
 
 from . import nf4_linear
+from .bottleneck import bottleneck_down, bottleneck_down_backward, bottleneck_up
 from .bounds import bounds as segment_bounds
 from .down import down
 from .gemm import gemm, segment_gemm
@@ -16,6 +17,9 @@ from .segments import up as segment_up
 from .wgrad import wgrad
 
 __all__ = [
+    "bottleneck_down",
+    "bottleneck_down_backward",
+    "bottleneck_up",
     "dequantize",
     "down",
     "gemm",

@@ -25,24 +25,16 @@ from .dot import dot_add, lost_bits
 from .mask import expand, make_words, mask, store_words
 
 
-@triton.jit(do_not_specialize=["keep"])
-def _down_kernel(
-    x, l, out, scaling, rng_state, words,
-    M, K, R, stride_xm, stride_xk, stride_lr, stride_lk, stride_os, stride_om,
-    scale, run, keep, pitch,
+@triton.jit
+def skinny_product(
+    x, l, rng_state, words, row0, rank0, begin, end, M, R, stride_xm, stride_xk, stride_lr, stride_lk, keep, pitch,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-    EVEN_K: tl.constexpr, DROP: tl.constexpr, EMIT: tl.constexpr, CALLS: tl.constexpr, SCALING: tl.constexpr, PRECISION: tl.constexpr,
-    CHAIN: tl.constexpr,
+    EVEN_K: tl.constexpr, DROP: tl.constexpr, EMIT: tl.constexpr, CALLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    launch.enter_chain(CHAIN)
-    row0 = tl.program_id(0) * BM
-    rank0 = tl.program_id(1) * BR
-    split = tl.program_id(2)
+    """drop(x[row0:, begin:end]) l[rank0:, begin:end]^T, fp32 [BM, BR]."""
     m = row0 + tl.arange(0, BM)
     r = rank0 + tl.arange(0, BR)
     k = tl.arange(0, BK)
-    begin = split * run
-    end = begin + tl.minimum(run, K - begin)
 
     # Rows past the end are clamped, not masked: they compute values nobody stores.
     x_rows = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * stride_xm
@@ -70,7 +62,28 @@ def _down_kernel(
             emitted = make_words(rng_state, keep, row0, col0, BM, EMIT, CALLS)
             store_words(words, emitted, row0, col0, M, pitch, BM, EMIT)
         acc, lost = dot_add(x_tile, l_tile.to(x_tile.dtype), acc, lost, PRECISION)
+    return acc
 
+
+@triton.jit(do_not_specialize=["keep"])
+def _down_kernel(
+    x, l, out, scaling, rng_state, words,
+    M, K, R, stride_xm, stride_xk, stride_lr, stride_lk, stride_os, stride_om,
+    scale, run, keep, pitch,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    EVEN_K: tl.constexpr, DROP: tl.constexpr, EMIT: tl.constexpr, CALLS: tl.constexpr, SCALING: tl.constexpr, PRECISION: tl.constexpr,
+    CHAIN: tl.constexpr,
+):  # fmt: skip
+    launch.enter_chain(CHAIN)
+    row0 = tl.program_id(0) * BM
+    rank0 = tl.program_id(1) * BR
+    split = tl.program_id(2)
+    begin = split * run
+    end = begin + tl.minimum(run, K - begin)
+    acc = skinny_product(x, l, rng_state, words, row0, rank0, begin, end, M, R, stride_xm, stride_xk, stride_lr, stride_lk, keep,
+                        pitch, BM, BK, BR, EVEN_K, DROP, EMIT, CALLS, PRECISION)  # fmt: skip
+    m = row0 + tl.arange(0, BM)
+    r = rank0 + tl.arange(0, BR)
     if SCALING:
         scale = scale * tl.load(scaling).to(tl.float32)
     here = out + split.to(tl.int64) * stride_os + m.to(tl.int64)[:, None] * stride_om + r[None, :]

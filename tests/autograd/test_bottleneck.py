@@ -11,8 +11,11 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 import fastlora
-from fastlora.autograd.bottleneck import ACTIVATIONS, bottleneck
-from fastlora.ops.support import MAX_RANK
+from fastlora.activations import ACTIVATIONS
+from fastlora.autograd.bottleneck import bottleneck
+from fastlora.ops import bottleneck as ops_bottleneck
+from fastlora.ops import support
+from fastlora.ops.support import BOTTLENECK_OPS, MAX_RANK
 
 M, K, N, R = 13, 24, 40, 6
 
@@ -202,7 +205,58 @@ def test_the_ops_run_it(strict_backend: str, device: torch.device) -> None:
         torch.autograd.grad(got, leaves, dy), torch.autograd.grad(exact, leaves, dy)
     ):
         torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-4)
-    assert {op for op, _ in fastlora.launches()} == {"down", "wgrad"}
+    assert {op for op, _ in fastlora.launches()} == {*BOTTLENECK_OPS, "wgrad"}
+
+
+def test_kernels_are_taken_up_to_the_width_measured_and_above_where_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """As on a GPU, where Triton's kernels are the dispatcher's choice; the results are the same either way."""
+    if reason := support.miss("bottleneck_up", "triton", device, torch.float32, 8):
+        pytest.skip(reason)
+    monkeypatch.setattr(support, "choose", lambda *_: "triton")
+    monkeypatch.setattr(ops_bottleneck, "WIDEST", {"down": 8, "up": 16, "wgrad": 4})
+    x, dy = torch.randn(9, K, device=device), torch.randn(9, K, device=device)
+
+    def run(r: int) -> set[str]:
+        factors = [f.detach().to(device).requires_grad_() for f in drawn(r, K, torch.float32)]
+        fastlora.reset_launches()
+        y = bottleneck(x, x, *factors, "relu")
+        torch.testing.assert_close(y, formula(x, x, *factors, "relu"), rtol=1e-4, atol=1e-4)
+        got, want = (
+            torch.autograd.grad(call(x, x, *factors, "relu"), factors, dy)
+            for call in (bottleneck, formula)
+        )
+        for mine, true in zip(got, want):
+            torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-4)
+        return {op for op, name in fastlora.launches() if name == "triton"}
+
+    downs = {"bottleneck_down", "bottleneck_down_backward"}
+    assert run(4) == {*downs, "bottleneck_up", "wgrad"}
+    assert run(8) == {*downs, "bottleneck_up"}
+    assert run(9) == {"bottleneck_up"}
+    assert run(17) == set()
+    with fastlora.backend("triton"):
+        assert run(17) == {*downs, "bottleneck_up", "wgrad"}
+
+
+@pytest.mark.parametrize("r", [R, 100])
+@pytest.mark.parametrize("around", [True, False])
+def test_compiles_whole(r: int, around: bool) -> None:
+    """In one graph, forward and backward, whoever makes the products."""
+    x = torch.randn(5, K, requires_grad=True)
+    leaves = [x, *drawn(r, K, torch.float32)]
+
+    def run(x: Tensor, *factors: Tensor) -> Tensor:
+        return bottleneck(x, x if around else None, *factors, "gelu")
+
+    dy = torch.randn(5, K)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, want in zip(
+        torch.autograd.grad(compiled(*leaves), leaves, dy),
+        torch.autograd.grad(run(*leaves), leaves, dy),
+    ):
+        torch.testing.assert_close(got, want)
 
 
 def test_bad_shapes_and_second_derivatives_are_refused() -> None:

@@ -17,7 +17,7 @@ MAY_SEE_TORCH = ("bindings", "host")
 
 # Data flows down this list: a module imports from its own line or from lines above it.
 LAYERS = (
-    ("_core", "_counters", "_library", "rng", "reference"),
+    ("_core", "_counters", "_library", "activations", "rng", "reference"),
     ("ops", "triton"),
     ("quant",),
     ("autograd",),

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 import fastlora
 from fastlora import LoraConfig, LoRALinear, QLoRALinear, reference
+from fastlora.activations import ACTIVATIONS
 from fastlora.autograd.bottleneck import bottleneck
+from fastlora.ops.bottleneck import WIDEST
 from fastlora.testing.compare import assert_accurate
 from tests.tiny_models import randomize_adapters, some_ids, tiny_llama
 
@@ -77,29 +79,103 @@ def test_dora_in_a_graph_follows_its_factors() -> None:
         torch.testing.assert_close(y, layer(x))
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu_new", "swish"])
-@pytest.mark.parametrize("around", [True, False])
-def test_bottlenecks(name: str, around: bool) -> None:
+def bottleneck_operands(m: int, r: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(1)
-    x = torch.randn(M, K, device="cuda").to(BF16).requires_grad_()
-    shapes = (R, K), (R,), (K, R), (K,)
-    factors = [(0.1 * torch.randn(s, device="cuda")).requires_grad_() for s in shapes]
-    act = {"relu": F.relu, "gelu_new": lambda p: F.gelu(p, approximate="tanh"), "swish": F.silu}[
-        name
-    ]
-    fastlora.reset_launches()
-    got = gradients(bottleneck(x, x if around else None, *factors, name), [x, *factors])
-    assert "torch" not in launched()
+    x = torch.randn(m, K, device="cuda").to(BF16).requires_grad_()
+    shapes = (r, K), (r,), (K, r), (K,)
+    factors = [(0.1 * torch.randn(s, device="cuda")).to(BF16).to(dtype) for s in shapes]
+    return x, [f.requires_grad_() for f in factors]
+
+
+def check_bottleneck(got: list[Tensor], x: Tensor, factors: list[Tensor], name: str, around: bool) -> None:  # fmt: skip
+    """Against torch's five calls in fp64, and no further from them than torch's in bf16."""
     results = []
     for dtype in (BF16, torch.float64):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *factors)]
         down, d, up, u = leaves[1:]
-        y = F.linear(act(F.linear(leaves[0], down, d)), up, u)
+        y = F.linear(ACTIVATIONS[name].forward(F.linear(leaves[0], down, d)), up, u)
         results.append(gradients(y + leaves[0] if around else y, leaves))
     for what, ours, torchs, truth in zip(
         ("y", "dX", "dDown", "dd", "dUp", "du"), got, *results, strict=True
     ):
         assert_accurate(what, ours, torchs, truth, factor=3.0)
+
+
+@pytest.mark.parametrize("m", [1, 33, M, 4096])  # the first ones split K
+@pytest.mark.parametrize("r", [R, 24, 64, 256, 512])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_bottlenecks_of_any_width_on_their_kernels(m: int, r: int, dtype: torch.dtype) -> None:
+    x, factors = bottleneck_operands(m, r, dtype)
+    fastlora.reset_launches()
+    with fastlora.backend("triton", strict=True):
+        got = gradients(bottleneck(x, x, *factors, "gelu_new"), [x, *factors])
+    ops = {"bottleneck_down": 1, "bottleneck_down_backward": 1, "bottleneck_up": 2, "wgrad": 1}
+    assert fastlora.launches() == {(op, "triton"): times for op, times in ops.items()}
+    check_bottleneck(got, x, factors, "gelu_new", True)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("around", [True, False])
+def test_bottlenecks(name: str, around: bool) -> None:
+    x, factors = bottleneck_operands(M, R, torch.float32)
+    fastlora.reset_launches()
+    got = gradients(bottleneck(x, x if around else None, *factors, name), [x, *factors])
+    assert "torch" not in launched()
+    check_bottleneck(got, x, factors, name, around)
+
+
+def test_wide_bottlenecks_are_torchs_products_where_those_are_faster() -> None:
+    x, factors = bottleneck_operands(M, 400, BF16)
+    fastlora.reset_launches()
+    got = gradients(bottleneck(x, x, *factors, "relu"), [x, *factors])
+    by = {op: "triton" if WIDEST[part] >= 400 else "torch" for part, op in (
+        ("down", "bottleneck_down"), ("down", "bottleneck_down_backward"), ("up", "bottleneck_up"), ("wgrad", "wgrad"),
+    )}  # fmt: skip
+    assert set(fastlora.launches()) == set(by.items())
+    check_bottleneck(got, x, factors, "relu", True)
+
+
+def test_a_bottleneck_under_autocast_adds_to_an_fp32_stream_in_one_pass() -> None:
+    x, factors = bottleneck_operands(M, R, torch.float32)
+    stream = x.detach().float().requires_grad_()
+    fastlora.reset_launches()
+    with torch.autocast("cuda", BF16):
+        y = bottleneck(stream, stream, *factors, "relu")
+    assert y.dtype == torch.float32
+    assert fastlora.launches() == {
+        ("bottleneck_down", "triton"): 1,
+        ("bottleneck_up", "triton"): 1,
+    }
+    down, d, up, u = factors
+    exact = stream.double() + F.linear(
+        F.relu(F.linear(stream.double(), down.double(), d.double())), up.double(), u.double()
+    )
+    update = (exact - stream).norm()
+    assert (y - exact).norm() < 0.01 * update
+
+
+def test_a_bottleneck_in_a_graph_with_its_gradients() -> None:
+    x, factors = bottleneck_operands(M, R, BF16)
+    dy, leaves = torch.randn(M, K, device="cuda").to(BF16), [x, *factors]
+
+    def step() -> list[Tensor]:
+        y = bottleneck(x, x, *factors, "swish")
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.mul_(1.5)
+    graph.replay()
+    for mine, again in zip(captured, step(), strict=True):
+        assert torch.equal(mine, again)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])

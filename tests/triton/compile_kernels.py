@@ -17,8 +17,12 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastlora.activations import KINDS
 from fastlora.ops import Form
 from fastlora.triton import (
+    bottleneck_down,
+    bottleneck_down_backward,
+    bottleneck_up,
     down,
     gemm,
     launch,
@@ -121,6 +125,17 @@ def main() -> None:
         elif op == "gemm":
             gemm(x, w, h, b, None, None)
             gemm(x, w.t(), h, a.t(), None, words)
+        elif op == "bottleneck":
+            a_small, bias = a[:, :256], empty(r, dtype=factors)
+            for rows in (x, x[:32]):  # one launch, and K split in two
+                bottleneck_down(rows, a, bias, "gelu", True)
+                bottleneck_down_backward(rows, b.t(), h[: len(rows)], "gelu_tanh", True)
+                bottleneck_up(h[: len(rows)], b, empty(n, dtype=factors), rows)
+            bottleneck_up(h, a.t(), None, x)
+            bottleneck_up(h, a.t(), None, None)
+            for kind in KINDS if r == 16 and CAPABILITY == 80 else ():  # once
+                bottleneck_down(x[:, :256], a_small, bias, kind, False)
+                bottleneck_down_backward(x[:, :256], a_small, h, kind, False)
         elif op == "norms":
             for weight in (w, w[:100, :200]):
                 rows, cols = weight.shape

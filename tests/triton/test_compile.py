@@ -19,9 +19,10 @@ SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # 
     [
         *(
             (op, cap, "bfloat16")
-            for op in ("down", "gemm", "nf4", "norms", "segments", "wgrad")
+            for op in ("bottleneck", "down", "gemm", "nf4", "norms", "segments", "wgrad")
             for cap in SHARED
         ),
+        ("bottleneck", 90, "float32"),
         ("segments", 90, "float32"),
         ("nf4", 80, "float16"),
         ("nf4", 90, "float16"),
