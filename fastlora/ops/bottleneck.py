@@ -21,8 +21,8 @@ from .linear import is_eager
 # Widths up to which the kernels are taken where nobody asks for a backend; above, products are torch's own. The kernels of ``down``
 # and ``wgrad`` hold tiles of up to 128 columns: with more, x (dY) passes through L2 once for each 128, where torch's tiles are
 # larger and feed tensor cores better. What ``up`` saves, a pass over [M, N] that adds the residual, does not shrink with the width.
-# Reckoned, not measured yet: benchmarks/sweep_bottleneck.py prints what to write here.
-WIDEST = {"down": 64, "up": support.MAX_RANK, "wgrad": 64}
+# Measured on an H200 by benchmarks/sweep_bottleneck.py: benchmarks/NOTES.md.
+WIDEST = {"down": 128, "up": support.MAX_RANK, "wgrad": 64}
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _library.define(

@@ -194,11 +194,11 @@ def up_tile_for(
         return UpTile(32, 32, 16, warps=4, stages=1)
     if dtypes[0] is torch.float32:
         return UpTile(64, 64, launch.pick(rank, (16, 32)), warps=4, stages=2)
-    bm, br = launch.pick(m, (16, 32, 64, 128)), launch.pick(rank, (16, 32, 64))
+    bm, br = launch.pick(m, (16, 32, 64)), launch.pick(rank, (16, 32, 64))
     bn = 128 if launch.cdiv(m, bm) * launch.cdiv(n, 128) >= launch.multiprocessors(device) else 64
     step = br * (bm * dtypes[0].itemsize + bn * dtypes[1].itemsize)
     stages = 1 if rank <= br else launch.stages_that_fit(3, step, device)
-    return UpTile(bm, bn, br, warps=8 if bm == 128 else 4, stages=stages)
+    return UpTile(bm, bn, br, warps=4, stages=stages)
 
 
 def bottleneck_up(

@@ -43,7 +43,9 @@ def _partial(
     u_cols = u + r.to(tl.int64)[None, :] * stride_ur
     acc = tl.zeros((BN, BR), tl.float32)
     lost = lost_bits(acc, v.dtype.element_ty)
-    bias_acc = tl.zeros((BN,), tl.float32)
+    bias_acc = tl.zeros(
+        (BM, BN), tl.float32
+    )  # summed at the end: a sum across warps at every step waits
     for m0 in range(begin, end, BM):
         m = m0 + tl.arange(0, BM)
         rows = m.to(tl.int64)[:, None]
@@ -51,7 +53,7 @@ def _partial(
         v_tile = tl.load(v_cols + rows * stride_vm, mask=inside & (n < N)[None, :], other=0.0)
         u_tile = tl.load(u_cols + rows * stride_um, mask=inside & (r < R)[None, :], other=0.0)
         if BIAS:
-            bias_acc += tl.sum(v_tile.to(tl.float32), axis=0)
+            bias_acc += v_tile.to(tl.float32)
         if MASK:
             kept = expand(load_words(words, m0, col0, M, pitch, BM, BN), BM, BN)
             v_tile = tl.where(kept, v_tile, 0.0)
@@ -63,7 +65,7 @@ def _partial(
     if BIAS:
         if rank0 == 0:
             there = bias_out + tl.cast(split, tl.int64) * N + n
-            tl.store(there, bias_acc.to(bias_out.dtype.element_ty), mask=n < N)
+            tl.store(there, tl.sum(bias_acc, axis=0).to(bias_out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
