@@ -284,15 +284,29 @@ def lora_linear_segments(
 
 
 def row_norms(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | None, scale: float
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
-    """||W_n + s B_n A|| of weight [N, K], A [r, K], B [N, r] and s = scale * [scaling]: fp32 [N], fp64 over fp64."""
+    """||W_n + s B_n A|| of weight [N, K], A [r, K], B [N, r] and s = scale * [scaling]: fp32 [N], fp64 over fp64. With
+    ``magnitude`` [N] what it is over that, zero where that is."""
     out = torch.promote_types(weight.dtype, torch.float32)
     s = scale if scaling is None else scale * scaling.double()
     a, slabs = lora_a.double(), []
     for w, b in zip(weight.split(1024), lora_b.split(1024), strict=True):
         slabs.append(torch.linalg.vector_norm(w.double() + (b.double() @ a) * s, dim=1).to(out))
-    return torch.cat(slabs)
+    norms = torch.cat(slabs)
+    return norms if magnitude is None else _column_factors(norms, magnitude, norms)
+
+
+def scaled_gemm(
+    x: Tensor, w: Tensor, h: Tensor, l: Tensor, bias: Tensor | None, factor: Tensor
+) -> Tensor:
+    """y = bias + factor * (x w^T + h l^T), ``factor`` [N]: [M, N] in x's dtype."""
+    return scale_columns(gemm(x, w, h, l, None), factor, None, bias)
 
 
 def _column_factors(z: Tensor, magnitude: Tensor, norm: Tensor | None) -> Tensor:

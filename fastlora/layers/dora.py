@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._autocast import autocast_dtype
+from ..autograd.lora_linear import as_rows, split_scaling
+from ..ops.linear import is_eager
+from ..rng import KEEP_ALL
 
 _SLAB = 1 << 22  # elements of W that are read at once
 # A row is done again where its squared norm is less than this share of what rounding may have put into it.
@@ -82,6 +86,31 @@ def row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> 
         for rows in _doubtful(total, doubt):
             total[rows] = _whole_norms(read(rows), scaled[rows], exact_a).square()
         return total.clamp_min(0).sqrt().to(base.dtype)
+
+
+def product_without_gradient(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float | Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """bias + c (W x + s B A x) with the scale in the product's own tiles; None where gradients are asked for, whose magnitude's
+    needs what it multiplies, and where other ways are as fast."""
+    tensors = x, weight, a, b, magnitude, bias
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return None
+    if not is_eager(x) or autocast_dtype(x.device) is not None or weight.dtype != x.dtype:
+        return None
+    rows = as_rows(x, x.dtype)
+    if not ops.scales_in_gemm(rows.shape[0], x, a.shape[0]):
+        return None
+    scale, device_scale = split_scaling(scaling, KEEP_ALL)
+    factor = ops.row_norms(weight, a, b, scaling, magnitude)
+    h, _ = ops.down(rows, a, device_scale, scale)
+    return ops.scaled_gemm(rows, weight, h, b, bias, factor).view(*x.shape[:-1], weight.shape[0])
 
 
 def exact_row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .._autocast import autocast_dtype
 from ..autograd import scale_columns
 from ..quant import NF4Tensor
 from .base import LoRALayer
-from .dora import exact_row_norms
+from .dora import exact_row_norms, product_without_gradient
 from .merging import MergeableLayer, Merged, as_parameter
 from .mixed import mixed_linear
 
@@ -68,8 +68,13 @@ class FusedLayer(MergeableLayer, LoRALayer):
             dropped = F.dropout(x, self.lora_dropout[name])
             rest = self._base(x - dropped, rest)
             x = dropped
+        magnitude, weight = self.lora_magnitude_vector[name], self._matrix()
+        if rest is self.bias and isinstance(weight, Tensor) and not isinstance(weight, NF4Tensor):
+            y = product_without_gradient(x, weight, a, b, scaling, magnitude, rest)
+            if y is not None:
+                return y
         z = self._product(x, a, b, scaling, None, 0.0)
-        return scale_columns(z, self.lora_magnitude_vector[name], self._row_norms(name), rest)
+        return scale_columns(z, magnitude, self._row_norms(name), rest)
 
     # Merging.
 

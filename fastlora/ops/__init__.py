@@ -10,7 +10,7 @@ from .linear import lora_backward, lora_forward
 from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
 from .norms import row_norms
 from .raw import down, gemm, mask, wgrad
-from .scale import scale_columns, scale_columns_backward
+from .scale import scale_columns, scale_columns_backward, scaled_gemm, scales_in_gemm
 from .segments import (
     segment_bounds,
     segment_down,
@@ -42,6 +42,8 @@ __all__ = [
     "row_norms",
     "scale_columns",
     "scale_columns_backward",
+    "scaled_gemm",
+    "scales_in_gemm",
     "segment_bounds",
     "segment_down",
     "segment_gemm",

@@ -22,7 +22,7 @@ from .linear import is_eager
 # and ``wgrad`` hold tiles of up to 128 columns: with more, x (dY) passes through L2 once for each 128, where torch's tiles are
 # larger and feed tensor cores better. What ``up`` saves, a pass over [M, N] that adds the residual, does not shrink with the width.
 # Measured on an H200 by benchmarks/sweep_bottleneck.py: benchmarks/NOTES.md.
-WIDEST = {"down": 128, "up": support.MAX_RANK, "wgrad": 64}
+WIDEST = {"down": 128, "up": support.MAX_RANK, "wgrad": 256}
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _library.define(

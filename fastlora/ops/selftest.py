@@ -104,6 +104,13 @@ def _scale_columns_backward(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b
     return _error(got, truth)
 
 
+def _scaled_gemm(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    h, factor = x[:, : b.shape[1]].contiguous(), b[:, 0].float()
+    base, low = x.double() @ w.double().t(), h.double() @ b.double().t()
+    truth = factor.double() * (base + low)
+    return _error(scale.scaled_gemm(x, w, h, b, None, factor), truth)
+
+
 def _bottleneck_down(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
     bias = a[:, 0].contiguous()
     truth, _ = reference.bottleneck_down(x.double(), a.double(), bias.double(), "silu", False)
@@ -139,6 +146,7 @@ _CHECKS = {
     "row_norms": _row_norms,
     "scale_columns": _scale_columns,
     "scale_columns_backward": _scale_columns_backward,
+    "scaled_gemm": _scaled_gemm,
     "bottleneck_down": _bottleneck_down,
     "bottleneck_down_backward": _bottleneck_down_backward,
     "bottleneck_up": _bottleneck_up,

@@ -132,13 +132,18 @@ def _in_library(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and _library.load(device)
 
 
-def row_norms(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | None, scale: float
-) -> Tensor:
+def row_norms(weight: Tensor, *rest: Any) -> Tensor:
     """``reference.row_norms``."""
     count("row_norms", "torch")
     with _autocast_off(weight):
-        return reference.row_norms(weight, lora_a, lora_b, scaling, scale)
+        return reference.row_norms(weight, *rest)
+
+
+def scaled_gemm(x: Tensor, *rest: Any) -> Tensor:
+    """``reference.scaled_gemm``."""
+    count("scaled_gemm", "torch")
+    with _autocast_off(x), torch.no_grad():
+        return reference.scaled_gemm(x, *rest)
 
 
 def scale_columns(z: Tensor, *rest: Any) -> Tensor:

@@ -4,7 +4,7 @@ from . import nf4_linear
 from .bottleneck import bottleneck_down, bottleneck_down_backward, bottleneck_up
 from .bounds import bounds as segment_bounds
 from .down import down
-from .gemm import gemm, segment_gemm
+from .gemm import gemm, scaled_gemm, segment_gemm
 from .mask import mask
 from .nf4 import dequantize, quantize
 from .nf4_linear import dx as nf4_dx
@@ -30,6 +30,7 @@ __all__ = [
     "row_norms",
     "scale_columns",
     "scale_columns_backward",
+    "scaled_gemm",
     "segment_bounds",
     "segment_down",
     "segment_gemm",

@@ -96,14 +96,16 @@ def _add_segments(
 
 @triton.jit
 def _finish(
-    acc, low, words_tile, y, bias, row0, col0, M, N, stride_ym,
+    acc, low, words_tile, y, bias, factor, row0, col0, M, N, stride_ym,
     BM: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    FACTOR: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The end of BM x COLS outputs: masked low-rank term, bias, one rounding, store."""
+    """The end of BM x COLS outputs: masked low-rank term, a factor per column, bias, one rounding, store."""
     if MASK:
         acc += tl.where(expand(words_tile, BM, COLS), low, 0.0)
     n = col0 + tl.arange(0, COLS)
+    if FACTOR:
+        acc *= tl.load(factor + n, mask=n < N, other=0.0)[None, :]
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if TMA:
@@ -116,13 +118,13 @@ def _finish(
 
 @triton.jit
 def _gemm_kernel(
-    x, w, y, x_more, w_more, h, l, bias, words, bounds, faulty,
+    x, w, y, x_more, w_more, h, l, bias, factor, words, bounds, faulty,
     M, N, K, R, E, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
     stride_hm, stride_hr, stride_le, stride_ln, stride_lr, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, BE: tl.constexpr,
     SIDE: tl.constexpr, CHUNKS: tl.constexpr, FLAGS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
     EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, SEGMENTS: tl.constexpr, FLATTEN: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
+    BIAS: tl.constexpr, FACTOR: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     launch.enter_chain(CHAIN)
     COLS: tl.constexpr = BN // 2 if HALVES else BN  # what is finished at once
@@ -206,7 +208,8 @@ def _gemm_kernel(
                 if apart:
                     acc_0 = _add_segments(acc_0, h, l, bounds, words, row0, col0, M, N, R, E, stride_hm, stride_hr,
                                         stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
-            _finish(acc_0, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, APART, BIAS, DTYPE)  # fmt: skip
+            _finish(acc_0, low, words_0, y, bias, factor, row0, col0, M, N, stride_ym, BM, COLS, TMA, APART, BIAS,
+                    FACTOR, DTYPE)  # fmt: skip
             if APART:
                 low = add_low_rank(h_tile, l_1, tl.zeros_like(acc_1), h, l, row0, col1, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
@@ -214,12 +217,14 @@ def _gemm_kernel(
                 if apart:
                     acc_1 = _add_segments(acc_1, h, l, bounds, words, row0, col1, M, N, R, E, stride_hm, stride_hr,
                                         stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
-            _finish(acc_1, low, words_1, y, bias, row0, col1, M, N, stride_ym, BM, COLS, TMA, APART, BIAS, DTYPE)  # fmt: skip
+            _finish(acc_1, low, words_1, y, bias, factor, row0, col1, M, N, stride_ym, BM, COLS, TMA, APART, BIAS,
+                    FACTOR, DTYPE)  # fmt: skip
         else:
             if APART:
                 low = add_low_rank(h_tile, l_0, tl.zeros_like(acc), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
-            _finish(acc, low, words_0, y, bias, row0, col0, M, N, stride_ym, BM, COLS, TMA, APART, BIAS, DTYPE)  # fmt: skip
+            _finish(acc, low, words_0, y, bias, factor, row0, col0, M, N, stride_ym, BM, COLS, TMA, APART, BIAS,
+                    FACTOR, DTYPE)  # fmt: skip
 
 
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -294,7 +299,20 @@ def gemm(
     tile: GemmTile | None = None,
 ) -> Tensor:
     """``reference.gemm`` on Triton. ``tile`` overrides the plan (for sweeps)."""
-    return _run("gemm", x, w, h, l, None, bias, words, tile, None)
+    return _run("gemm", x, w, h, l, None, bias, words, tile)
+
+
+def scaled_gemm(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    l: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    tile: GemmTile | None = None,
+) -> Tensor:
+    """``reference.scaled_gemm`` on Triton. ``tile`` overrides the plan (for sweeps)."""
+    return _run("scaled_gemm", x, w, h, l, None, bias, None, tile, factor=factor.contiguous())
 
 
 def segment_gemm(
@@ -311,7 +329,7 @@ def segment_gemm(
     """y = x w^T + bias + drop(h l_e^T), l [E, N, r]. ``tile`` overrides the plan (for sweeps); ``more`` are h and l as more
     of K, for ``spread_tile``'s tile and without a mask."""
     if l.shape[0] == 0 or l.shape[2] == 0:
-        return _run("segment_gemm", x, w, None, None, None, bias, None, tile, None)
+        return _run("segment_gemm", x, w, None, None, None, bias, None, tile)
     op = "segment_gemm" if more is None else "segment_linear"
     return _run(op, x, w, h, l, bounds, bias, words, tile, more)
 
@@ -336,9 +354,10 @@ def _run(
     bias: Tensor | None,
     words: Tensor | None,
     tile: GemmTile | None,
-    more: Spread | None,
+    more: Spread | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Both ops: with bounds, l is [E, N, r] and neither E nor r is zero."""
+    """All ops: with bounds, l is [E, N, r] and neither E nor r is zero."""
     m, k = x.shape
     n = w.shape[0]
     y = x.new_empty(m, n)
@@ -371,12 +390,12 @@ def _run(
     low_rank = rank > 0 and not extend
     operands: tuple[Any, ...] = (x, w, y, x_more, w_more)
     if tma:
-        x_block = [tile.bm, tile.bk]
+        x_block, y_block = [tile.bm, tile.bk], [tile.bm, tile.bn // 2 if halves else tile.bn]
         w_block = [tile.bn, tile.bk] if k_major else [tile.bk, tile.bn]
         operands = (
             TensorDescriptor.from_tensor(x, x_block),
             TensorDescriptor.from_tensor(w_rows, w_block),
-            TensorDescriptor.from_tensor(y, [tile.bm, tile.bn // 2 if halves else tile.bn]),
+            TensorDescriptor.from_tensor(y, y_block),
             None if x_more is None else TensorDescriptor.from_tensor(x_more, x_block),
             None if w_more is None else TensorDescriptor.from_tensor(w_more, w_block),
         )
@@ -386,7 +405,7 @@ def _run(
         (ctas,),
         x.device,
         (
-            *operands, h, l, None if bias is None else bias.contiguous(), words, bounds, faulty,
+            *operands, h, l, None if bias is None else bias.contiguous(), factor, words, bounds, faulty,
             m, n, k, rank, segments, *x.stride(), *w.stride(), y.stride(0),
             *(h.stride() if h is not None else (0, 0)), l.stride(0) if segmented and l is not None else None,
             *(l.stride()[-2:] if l is not None else (0, 0)),
@@ -400,7 +419,8 @@ def _run(
             GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
             EVEN=m % tile.bm == 0 and n % tile.bn == 0 and k % tile.bk == 0,
             EXTEND=extend, LOW_RANK=low_rank, SEGMENTS=segmented,
-            FLATTEN=tma and not low_rank and (not segmented or tile.flatten), MASK=masked, BIAS=bias is not None, HALVES=halves,
+            FLATTEN=tma and not low_rank and (not segmented or tile.flatten), MASK=masked, BIAS=bias is not None,
+            FACTOR=factor is not None, HALVES=halves,
             DTYPE=TL_DTYPE[x.dtype], PRECISION=launch.input_precision(x.dtype),
         ),
         tile.warps,

@@ -2,8 +2,8 @@
 
 A program takes BN rows and a run of columns. It reads them once, BK columns at a time, makes the same columns of s B A beside
 them in registers, and sums the squares of what both are together: nothing of size [N, K] is written, and rows where the two
-cancel lose no digits, as sums of |W|^2, W . BA and |BA|^2 would. Products in fp32 (no TF32), squares in fp64, which no scaling
-overflows. Rows alone are too few programs to hide the latencies of one another, so a second launch adds the runs' squares.
+cancel lose no digits, as sums of |W|^2, W . BA and |BA|^2 would. Products are exact to fp32 (of 16-bit factors as they are,
+else of fp32 ones in three TF32 parts), squares in fp64, which no scaling overflows. Rows alone are too few programs to hide the latencies of one another, so a second launch adds the runs' squares.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from .._counters import count
 from . import launch
 from .gemm import load_tile
+from .scale import factor_of
 
 _PROGRAMS_A_MULTIPROCESSOR = 8
 
@@ -25,7 +26,7 @@ def _row_norms_kernel(
     w, a, b, scaling, squares,
     N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, scale, run,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, SCALING: tl.constexpr, EVEN: tl.constexpr,
-    CHAIN: tl.constexpr,
+    WIDEN: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     launch.enter_chain(CHAIN)
     row0 = tl.program_id(0) * BN
@@ -36,11 +37,11 @@ def _row_norms_kernel(
     for k0 in range(k_start, tl.minimum(k_start + run, K), BK):
         update = tl.zeros((BN, BK), tl.float32)
         for r0 in tl.static_range(0, RP, BR):
-            b_tile = load_tile(b, row0, r0, N, R, stride_bn, stride_br, BN, BR, False).to(
-                tl.float32
-            )
-            a_tile = load_tile(a, r0, k0, R, K, stride_ar, stride_ak, BR, BK, False).to(tl.float32)
-            update = tl.dot(b_tile, a_tile, update, input_precision="ieee")
+            b_tile = load_tile(b, row0, r0, N, R, stride_bn, stride_br, BN, BR, False)
+            a_tile = load_tile(a, r0, k0, R, K, stride_ar, stride_ak, BR, BK, False)
+            if WIDEN or b_tile.dtype != a_tile.dtype:
+                b_tile, a_tile = b_tile.to(tl.float32), a_tile.to(tl.float32)
+            update = tl.dot(b_tile, a_tile, update, input_precision="tf32x3")
         w_tile = load_tile(w, row0, k0, N, K, stride_wn, stride_wk, BN, BK, EVEN).to(tl.float32)
         both = (w_tile + update * scale).to(tl.float64)
         total += tl.sum(both * both, axis=1)
@@ -49,18 +50,36 @@ def _row_norms_kernel(
 
 
 @triton.jit
-def _root_kernel(squares, out, N, runs, BN: tl.constexpr, BC: tl.constexpr, CHAIN: tl.constexpr):
+def _root_kernel(
+    squares,
+    magnitude,
+    out,
+    N,
+    runs,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
     launch.enter_chain(CHAIN)
     col0 = tl.program_id(0) * BN
     total = tl.zeros((BC, BN), tl.float64)
     for first in range(0, runs, BC):
         total += load_tile(squares, first, col0, runs, N, N, 1, BC, BN, False)
     n = col0 + tl.arange(0, BN)
-    tl.store(out + n, tl.sqrt(tl.sum(total, axis=0)).to(tl.float32), mask=n < N)
+    norm = tl.sqrt(tl.sum(total, axis=0)).to(tl.float32)
+    if MAGNITUDE:
+        norm = factor_of(tl.load(magnitude + n, mask=n < N, other=0.0).to(tl.float32), norm)
+    tl.store(out + n, norm, mask=n < N)
 
 
 def row_norms(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor | None, scale: float
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor | None,
+    scale: float,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """``reference.row_norms`` on Triton: weight [N, K] of any strides, A [r, K], B [N, r] -> fp32 [N]."""
     n, k = weight.shape
@@ -86,10 +105,12 @@ def row_norms(
         dict(
             BN=bn, BK=bk, BR=br, RP=launch.cdiv(rank, br) * br, SCALING=scaling is not None,
             EVEN=n % bn == 0 and k % bk == 0,
+            WIDEN=launch.interpreting(),  # whose bf16 products are wrong
         ),
         4,
         3 if rank <= 64 else 1,  # what is loaded ahead is as long as the rank
     )  # fmt: skip
-    arguments, constants = (squares, out, n, runs), dict(BN=32, BC=16)
+    arguments = squares, magnitude, out, n, runs
+    constants = dict(BN=32, BC=16, MAGNITUDE=magnitude is not None)
     launch.run(_root_kernel, (launch.cdiv(n, 32),), weight.device, arguments, constants, 2, 1)
     return out

@@ -19,12 +19,17 @@ from .gemm import load_tile
 
 
 @triton.jit
+def factor_of(magnitude, norm):
+    """c = m / norm, zero where the norm is."""
+    return tl.where(norm > 0, tl.math.div_rn(magnitude, tl.where(norm > 0, norm, 1.0)), 0.0)
+
+
+@triton.jit
 def _factors(m, norm, n, live, NORM: tl.constexpr):
-    """c for columns n, fp32: zero where the norm is."""
+    """c for columns n, fp32."""
     c = tl.load(m + n, mask=live, other=0.0).to(tl.float32)
     if NORM:
-        length = tl.load(norm + n, mask=live, other=0.0).to(tl.float32)
-        c = tl.where(length > 0, tl.math.div_rn(c, tl.where(length > 0, length, 1.0)), 0.0)
+        c = factor_of(c, tl.load(norm + n, mask=live, other=0.0).to(tl.float32))
     return c
 
 
@@ -93,8 +98,7 @@ def _finish_kernel(
     summed = tl.sum(total, axis=0)
     n = col0 + tl.arange(0, BN)
     if NORM:
-        length = tl.load(norm + n, mask=n < N, other=0.0).to(tl.float32)
-        summed = tl.where(length > 0, summed / tl.where(length > 0, length, 1.0), 0.0)
+        summed = factor_of(summed, tl.load(norm + n, mask=n < N, other=0.0).to(tl.float32))
     tl.store(out + n, summed.to(out.dtype.element_ty), mask=n < N)
 
 

@@ -159,6 +159,9 @@ def tile_for(
         return WgradTile(bm=32, bn=64, br=min(br, 32), warps=4, stages=3, ctas=2 * sms)
     if masked:
         return WgradTile(bm=64, bn=128, br=br, warps=4, stages=3, ctas=4 * sms)
+    if br == 128:  # more columns for each read of u
+        stages = launch.stages_that_fit(4, 2 * 64 * (128 + br), device)
+        return WgradTile(bm=64, bn=128, br=br, warps=8, stages=stages, ctas=sms * 9 // 10)
     # One CTA an SM keeps as many bytes in flight as several with shallower pipelines, and needs no second launch.
     alone = launch.cdiv(columns, 64) * launch.cdiv(rank, br) <= sms
     stages = launch.stages_that_fit(8 if alone else 4, 2 * 64 * (64 + br), device)

@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlora
 from fastlora import LoRALinear, QLoRALinear, reference
 from fastlora.layers import LoRAWrapper
+from fastlora.ops import scale as scale_ops
+from fastlora.ops import support
+from fastlora.testing.compare import assert_accurate
 from tests.layers.common import BF16, FP16, FP32, FP64, K, N, R, stock, trained
 
 
@@ -356,6 +359,34 @@ def test_one_compiled_graph_and_an_exported_program(kind, dropout):
     if kind is LoRALinear:
         program = torch.export.export(layer.eval(), (x,)).module()
         torch.testing.assert_close(program(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scaling", ["float", "tensor"])
+def test_without_gradients_many_rows_are_scaled_in_the_product(device, monkeypatch, scaling, bias):
+    """Triton's; with one leaf that wants a gradient z is kept, in another launch."""
+    if support.miss("scaled_gemm", "triton", device, FP16, R) is not None:
+        pytest.skip("Triton runs on a GPU or in its interpreter")
+    monkeypatch.setattr(scale_ops, "_FEWEST_SCALED_ROWS", 51)
+    layer = trained(LoRALinear, FP16, n=32, k=64, bias=bias).to(device)
+    if scaling == "tensor":
+        layer.scaling["default"] = torch.tensor(1.5, device=device)
+    x = torch.randn(3, 17, 64, device=device).to(FP16)
+    with fastlora.backend("triton", strict=True), torch.no_grad():
+        for rows, product in ((x, True), (x[:2], False), (x.float(), False)):
+            fastlora.reset_launches()
+            if rows.dtype == FP32:
+                layer = layer.float()
+            y = layer(rows)
+            ran = {op for op, _ in fastlora.launches()}
+            assert ("scaled_gemm" in ran, "scale_columns" in ran) == (product, not product)
+            exact, _ = oracle(layer, rows)
+            same, _ = oracle(layer, rows, rows.dtype)
+            assert_accurate("y", y, same, exact)
+    with fastlora.backend("triton", strict=True):
+        fastlora.reset_launches()
+        layer.half()(x)
+        assert "scaled_gemm" not in {op for op, _ in fastlora.launches()}
 
 
 def test_explain_names_the_norm_and_the_scale():

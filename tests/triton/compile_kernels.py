@@ -30,6 +30,7 @@ from fastlora.triton import (
     norms,
     scale_columns,
     scale_columns_backward,
+    scaled_gemm,
     segment_bounds,
     segment_down,
     segment_gemm,
@@ -125,6 +126,7 @@ def main() -> None:
         elif op == "gemm":
             gemm(x, w, h, b, None, None)
             gemm(x, w.t(), h, a.t(), None, words)
+            scaled_gemm(x, w, h, b, None, empty(n))
         elif op == "bottleneck":
             a_small, bias = a[:, :256], empty(r, dtype=factors)
             for rows in (x, x[:32]):  # one launch, and K split in two
@@ -140,6 +142,7 @@ def main() -> None:
             for weight in (w, w[:100, :200]):
                 rows, cols = weight.shape
                 norms.row_norms(weight, a[:, :cols], b[:rows], None, 0.5)
+                norms.row_norms(weight, a[:, :cols], b[:rows], None, 0.5, empty(rows))
                 magnitude, norm = empty(cols), empty(cols)
                 for rest in (None, weight, weight[0]):
                     scale_columns(weight, magnitude, norm, rest)

@@ -77,6 +77,18 @@ def test_no_rows_and_no_columns():
     assert not norms.row_norms(w, a, b, None, 1.0).any()
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+def test_with_a_magnitude_the_factor_of_each_row(dtype):
+    w, a, b = (t.to(dtype) for t in operands(40, 70, 3))
+    w[:5] = 0
+    b[:5] = 0
+    magnitude = torch.randn(40, device=DEVICE)
+    got = norms.row_norms(w, a, b, None, 0.5, magnitude)
+    true = magnitude.double() / reference.row_norms(w.double(), a.double(), b.double(), None, 0.5)
+    assert not got[:5].any()
+    torch.testing.assert_close(got[5:].double(), true[5:], rtol=1e-6, atol=0)
+
+
 def test_op_and_its_fake():
     w, a, b = operands(24, 40, 3)
     with fastlora.backend("triton", strict=True):
@@ -84,7 +96,7 @@ def test_op_and_its_fake():
         ops.row_norms(w, a, b, 0.5)
         assert fastlora.launches() == {("row_norms", "triton"): 1}
     for scaling in (None, torch.tensor(2.0, device=DEVICE)):
-        torch.library.opcheck(torch.ops.fastlora._row_norms.default, (w, a, b, scaling, 0.5))
+        torch.library.opcheck(torch.ops.fastlora._row_norms.default, (w, a, b, scaling, 0.5, None))
     exact = ops.row_norms(w.double(), a.double(), b.double(), 0.5)
     assert exact.dtype == F64
 

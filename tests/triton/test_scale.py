@@ -103,3 +103,24 @@ def test_the_op_is_counted_and_traceable():
         check(torch.ops.fastlora._scale_columns.default, (z, m, norm, z))
         check(torch.ops.fastlora._scale_columns_backward.default, (z, z, m, norm, True, True))
         check(torch.ops.fastlora._scale_columns_backward.default, (z, None, m, None, False, False))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("m", "k", "n", "r"), [(1, 8, 8, 1), (70, 40, 72, 16), (33, 7, 9, 40), (130, 64, 66, 8)])  # fmt: skip
+def test_a_product_that_scales_its_own_tiles(m, k, n, r, with_bias):
+    """Exact on integers and powers of two, through descriptors and pointers; a factor of zero gives the bias."""
+    x, w, h, l, bias = (
+        integers(*shape, low=-1, high=1, dtype=FP16, device=DEVICE)
+        for shape in ((m, k), (n, k), (m, r), (n, r), (n,))
+    )
+    factor = 2.0 ** torch.randint(-1, 2, (n,), device=DEVICE).float()
+    factor[::5] = 0
+    more = bias if with_bias else None
+    with fastlora.backend("triton", strict=True):
+        fastlora.reset_launches()
+        y = ops.scaled_gemm(x, w, h, l, more, factor)
+        assert fastlora.launches() == {("scaled_gemm", "triton"): 1}
+    exact = (x.double() @ w.double().t() + h.double() @ l.double().t()) * factor.double()
+    exact = exact if more is None else exact + more.double()
+    assert torch.equal(y, exact.to(FP16))
+    torch.library.opcheck(torch.ops.fastlora._scaled_gemm.default, (x, w, h, l, more, factor))
