@@ -145,6 +145,7 @@ def load_adapter(
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     is_trainable: bool | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> PeftModel:
     """Read an adapter that fastlora or stock peft wrote.
 
@@ -156,6 +157,7 @@ def load_adapter(
             of its name.
         adapter_name: the adapter to fill.
         is_trainable: whether it trains afterwards, if it is active; None: as before.
+        autocast_adapter_dtype: of an adapter that is new; see ``get_peft_model``.
 
     Returns:
         ``model``, or the PeftModel around it.
@@ -174,7 +176,7 @@ def load_adapter(
     tensors = read_tensors(_weights_file(folder, config))
     if not isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
-        wrapped = _put_in(plan(model, config, adapter_name), tensors)
+        wrapped = _put_in(plan(model, config, adapter_name, autocast_adapter_dtype), tensors)
         return wrapped if is_trainable else wrapped.eval()
 
     model.check_change("load_adapter")
@@ -183,7 +185,12 @@ def load_adapter(
         _fill(model, adapter_name, tensors)
     else:
         config.inference_mode = True
-        model.add_loaded(adapter_name, config, lambda: _fill(model, adapter_name, tensors))
+        model.add_loaded(
+            adapter_name,
+            config,
+            lambda: _fill(model, adapter_name, tensors),
+            autocast_adapter_dtype,
+        )
     if is_trainable is not None and adapter_name in model.active_adapters:
         own = model.peft_config[adapter_name]
         set_trainable(model.get_base_model(), own, model.active_adapters, is_trainable)

@@ -1,0 +1,187 @@
+"""Every row of the table: fastlora and stock peft from the same weights, side by side.
+
+Names, numbers and first values of what trains; outputs and gradients, measured against the same model in fp64; dropout by the
+masks that fastlora drew; both files, field by field and tensor by tensor; and each library's reading of the other's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.methods.matching import is_transformers_model
+from fastlora.testing.compare import assert_accurate, relative_error
+from tests.interop import masks
+from tests.interop.table import (
+    MODELS,
+    TABLE,
+    UNREADABLE,
+    Row,
+    build_base,
+    embeddings_of,
+    fields,
+    fields_of_file,
+    common_name,
+    same_start,
+    tensors_of_file,
+)
+from tests.tiny_zoo import inputs, tensors
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PADDINGS = (None, "right", "left")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def build(library: Any, row: Row) -> Any:
+    base = build_base(row.model).to(row.dtype)
+    config = getattr(library, row.method)(**row.settings)
+    torch.manual_seed(11)
+    return library.get_peft_model(base, config, autocast_adapter_dtype=row.wide).eval()
+
+
+def trained(model: Any) -> dict[str, nn.Parameter]:
+    return {common_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def move(theirs: Any, ours: Any) -> None:
+    """Every trained tensor away from where it began, so that nothing is zero; then both have the same values everywhere.
+
+    What is frozen is the same already, up to the rounding of initialisations that split the base's weight.
+    """
+    generator = torch.Generator().manual_seed(3)
+    mine = {common_name(name): p for name, p in ours.named_parameters()}
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            own = mine.get(common_name(name))
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=0.1)
+            elif own is not None:
+                torch.testing.assert_close(own, p, rtol=1e-5, atol=1e-6)
+            if own is not None:
+                own.copy_(p)
+
+
+def outputs(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = model(**given) if is_transformers_model(model.get_base_model()) else model(given["input_ids"])
+    return {"logits": found} if isinstance(found, Tensor) else tensors(found)
+
+
+def results(model: Any, given: dict[str, Tensor], embeddings: list[str]) -> dict[str, Tensor]:
+    """A step's outputs, and the gradients of what trains and of what the input embeddings gave."""
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, y: Tensor) -> None:
+        y.requires_grad_().retain_grad()
+        embedded.append(y)
+
+    tables = [model.get_base_model().get_submodule(name) for name in embeddings]
+    handles = [table.register_forward_hook(keep) for table in tables]
+    model.zero_grad()
+    found = outputs(model, given)
+    for handle in handles:
+        handle.remove()
+    loss = found.get("loss", next(iter(found.values())).float().square().mean())
+    loss.backward()
+    assert embedded
+    gradients = {f"the gradient of {name}": p.grad for name, p in trained(model).items()}
+    gradients |= {f"the gradient of input {i}": y.grad for i, y in enumerate(embedded)}
+    assert all(gradient is not None for gradient in gradients.values())
+    return {**{name: y.detach() for name, y in found.items()}, **gradients}
+
+
+def assert_all_accurate(got: Any, same_dtype: Any, truth: Any) -> None:
+    """The accuracy rule for each tensor of a step; where peft is near the truth by luck, its median error counts."""
+    assert got.keys() == same_dtype.keys() == truth.keys()
+    usual = median(relative_error(same_dtype[name], value) for name, value in truth.items())
+    rms = {name: value.double().square().mean().sqrt() for name, value in truth.items()}
+    whole = torch.stack([rms[name] for name in rms if "gradient" in name]).square().mean().sqrt() if any("gradient" in n for n in rms) else 0.
+    for name, value in truth.items():
+        assert got[name].dtype == same_dtype[name].dtype, name
+        usual = max(usual, torch.finfo(got[name].dtype).eps)
+        scale = rms[name] if "gradient" not in name else torch.maximum(rms[name], 0.02 * whole)
+        noise = torch.full_like(value, 1, dtype=torch.float64) * scale * usual * 2 / 3
+        assert_accurate(name, got[name], same_dtype[name], value, noise=noise)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_fastlora_and_peft_are_the_same(name: str, tmp_path: Path) -> None:
+    row = TABLE[name]
+    task = MODELS[row.model][0]
+    ours, theirs = build(fastlora, row), build(peft, row)
+    embeddings = embeddings_of(build_base(row.model))
+
+    # What trains.
+    mine, stock = trained(ours), trained(theirs)
+    assert mine.keys() == stock.keys()
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    for key, value in stock.items():
+        assert mine[key].dtype == value.dtype, key
+        same_start(row, key, mine[key].detach(), value.detach())
+    move(theirs, ours)
+    truth = copy.deepcopy(theirs).double()
+    if hasattr(truth, "config"):
+        truth.config._experts_implementation = "eager"  # the other has no fp64
+
+    # What they compute.
+    for padding in PADDINGS if ours.active_peft_config.is_prompt_learning else ("right",):
+        given = inputs(task, padding)
+        assert_all_accurate(*(results(model, given, embeddings) for model in (ours, theirs, truth)))
+    if row.settings.get("lora_dropout"):
+        given = inputs(task)
+        for model in (ours, theirs, truth):
+            model.train()
+        with masks.exported(ours) as drawn:
+            got = results(ours, given, embeddings)
+        assert drawn
+        for model in (theirs, truth):
+            masks.put_in(model, drawn)
+        assert_all_accurate(got, *(results(model, given, embeddings) for model in (theirs, truth)))
+
+    # What they store, and read of each other's.
+    for model in (ours, theirs, truth):
+        model.eval()
+    assert_same_files(row, ours, theirs, tmp_path)
+    given = inputs(task, "right")
+    with torch.no_grad():
+        expected = [outputs(model, given) for model in (ours, theirs, truth)]
+        for library in (fastlora, peft):
+            for side in ("ours", "theirs"):
+                if library is peft and side == "theirs" and name in UNREADABLE:
+                    continue
+                torch.manual_seed(11)  # some initialisations split the base's weight by a random projection
+                base = build_base(row.model).to(row.dtype)
+                read = library.PeftModel.from_pretrained(
+                    base, tmp_path / side, autocast_adapter_dtype=row.wide
+                )
+                assert_all_accurate(outputs(read, given), *expected[1:])
+
+
+def assert_same_files(row: Row, ours: Any, theirs: Any, folder: Path) -> None:
+    ours.save_pretrained(folder / "ours")
+    theirs.save_pretrained(folder / "theirs")
+    a, b = (load_file(folder / side / WEIGHTS) for side in ("ours", "theirs"))
+    b = tensors_of_file(b)
+    assert a.keys() == b.keys()
+    for key, value in b.items():
+        assert a[key].dtype == value.dtype, key
+        torch.testing.assert_close(a[key], value, rtol=1e-5, atol=1e-6)
+    c, d = (json.loads((folder / side / CONFIG).read_text()) for side in ("ours", "theirs"))
+    assert fields(c, row) == fields(fields_of_file(d), row)
