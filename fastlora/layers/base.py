@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autograd import scale_columns
 from ..ops.support import MAX_RANK
 from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
-from .dora import BaseRows, row_norms
+from .dora import BaseRows, exact_row_norms, row_norms
 from .inits import Factors, check_init, check_lora_bias, initial_factors
 from .merging import Merged
 
@@ -191,6 +191,12 @@ class LoRALayer(AdapterLayer):
         return row_norms(
             self._base_rows(), self.lora_A[name], self.lora_B[name], self.scaling[name]
         )
+
+    def _column_factors(self, name: str) -> Tensor:
+        """What DoRA multiplies the rows of W + s B A by: m / ||W + s B A|| [N] in fp64."""
+        factors = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        norms = exact_row_norms(self._base_rows(), *factors)
+        return torch.where(norms > 0, self.lora_magnitude_vector[name].double() / norms, 0)
 
     def reset_adapters(self) -> None:
         """Initialise every adapter again from its own settings (after ``to_empty``, say).

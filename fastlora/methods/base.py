@@ -117,8 +117,9 @@ class PeftConfig:
         return {**values, "peft_type": self.peft_type}
 
     def to_json(self, **changes: Any) -> str:
-        """``adapter_config.json``: sorted keys, indent 2, with ``changes`` for the file alone."""
-        return json.dumps({**self.to_dict(), **changes}, indent=2, sort_keys=True)
+        """``adapter_config.json``: fields sorted, indent 2, with ``changes`` for the file alone. Patterns keep their order,
+        for the first match wins."""
+        return json.dumps(dict(sorted({**self.to_dict(), **changes}.items())), indent=2)
 
     def file_fields(self, model: nn.Module, adapter_name: str) -> dict[str, Any]:
         """What a file says of an adapter beside its configuration: ``changes`` of ``to_json``."""

@@ -63,7 +63,7 @@ def exported(model: nn.Module) -> Iterator[dict[str, Mask]]:
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, LoRALayer) and module.lora_dropout.get("default"):
+        if isinstance(module, LoRALayer) and module.is_linear and module.lora_dropout["default"]:
             handles.append(module.register_forward_pre_hook(enter(name)))
             handles.append(module.register_forward_hook(leave(name)))
     with pytest.MonkeyPatch.context() as patch:

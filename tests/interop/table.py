@@ -11,9 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import peft
 import torch
 from torch import nn
 
+import fastlora
 from fastlora import LoraConfig
 from tests.models.prompts import COUNT
 from tests.models.prompts import METHODS as PROMPTS
@@ -91,6 +93,7 @@ _LLAMA: dict[str, dict[str, Any]] = {
     "layers": {**_MLP, "layers_to_transform": [0], "layers_pattern": "layers"},
     "rank_pattern": {**_MLP, "rank_pattern": {"down_proj": 5, r"layers\.0.*v_proj": 2}},
     "alpha_pattern": {**_MLP, "alpha_pattern": {"q_proj": 3, r".*\.1\.mlp.*": 21}},
+    "overlapping patterns": {**_MLP, "alpha_pattern": {"q_proj": 3, r".*": 21}, "rank_pattern": {"down_proj": 5, ".*_proj": 2}},
     "patterns and rslora": {
         **_MLP,
         "use_rslora": True,
@@ -120,6 +123,8 @@ _LLAMA: dict[str, dict[str, Any]] = {
     "lora_bias": {**_MLP, "lora_bias": True},
     "lora_bias, dropout": {**_QV, "lora_bias": True, "lora_dropout": 0.3, "bias": "lora_only"},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding, dora": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    "embedding, dora, dropout": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True, "lora_dropout": 0.2},
     "embedding, random": {"target_modules": "model.embed_tokens", "init_lora_weights": False},
     "both ends": {"target_modules": ["embed_tokens", "lm_head"], "rank_pattern": {"embed_tokens": 2}},
     "embedding, head saved": {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
@@ -141,8 +146,10 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d, lora_bias": ("gpt2 still", {**_CONV1D, "lora_bias": True}),
     "conv1d, pissa": ("gpt2 still", {**_CONV1D, "init_lora_weights": "pissa"}),
     "conv1d and embeddings": ("gpt2 still", {"target_modules": ["c_attn", "wte", "wpe"]}),
+    "conv1d and embeddings, dora": ("gpt2 still", {"target_modules": ["c_attn", "wte", "wpe"], "use_dora": True}),
     "rows and conv1d": ("gpt2 still", {**_CONV1D, "trainable_token_indices": {"wte": [4]}}),
     "embedding tied": ("llama tied", {"target_modules": ["embed_tokens"], "use_rslora": True}),
+    "embedding scaled, dora": ("gemma3", {"target_modules": ["embed_tokens"], "use_dora": True}),
     "embedding scaled": ("gemma3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "rows tied": ("llama tied", {**_QV, "trainable_token_indices": [7, 3, 0]}),
     "rows of two": ("llama tied", {**_QV, "trainable_token_indices": {"embed_tokens": [7], "lm_head": [5, 7]}}),
@@ -173,6 +180,7 @@ _NARROW: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout": ("llama biased", {**_MLP, "lora_dropout": 0.25}),
     "conv1d": ("gpt2 still", _CONV1D),
     "both ends": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "both ends, dora": ("llama", {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
     "experts": ("mixtral", {"target_parameters": _EXPERTS}),
     "rows tied": ("llama tied", {**_QV, "trainable_token_indices": [7, 3, 0]}),
 }
@@ -288,9 +296,13 @@ def fields(values: dict[str, Any], row: Row) -> dict[str, Any]:
     return kept
 
 
-# Rows whose file stock peft cannot read once it has written it: it wants feedforward_modules among target_modules, which are
-# whole names by then.
-UNREADABLE = ("ia3 all-linear",)
+# (row, reader) where the file that stock peft wrote does not say what it was written for. IA3Config wants feedforward_modules
+# among target_modules, which are whole names by then; patterns, of which the first match wins, are sorted.
+UNREADABLE = {
+    ("ia3 all-linear", peft),
+    ("lora overlapping patterns", peft),
+    ("lora overlapping patterns", fastlora),
+}
 
 
 def fields_of_file(theirs: dict[str, Any]) -> dict[str, Any]:

@@ -108,16 +108,21 @@ def results(model: Any, given: dict[str, Tensor], embeddings: list[str]) -> dict
 
 
 def assert_all_accurate(got: Any, same_dtype: Any, truth: Any) -> None:
-    """The accuracy rule for each tensor of a step; where peft is near the truth by luck, its median error counts."""
+    """The accuracy rule for each tensor of a step.
+
+    Roundings add up over a whole model, and are small by luck in some tensors of some library: what peft's error is in half of
+    them may be in any, relative to its elements and at least to the size of gradients in general.
+    """
     assert got.keys() == same_dtype.keys() == truth.keys()
     usual = median(relative_error(same_dtype[name], value) for name, value in truth.items())
-    rms = {name: value.double().square().mean().sqrt() for name, value in truth.items()}
-    whole = torch.stack([rms[name] for name in rms if "gradient" in name]).square().mean().sqrt() if any("gradient" in n for n in rms) else 0.
+    sizes = {name: value.double().square().mean().sqrt() for name, value in truth.items()}
+    gradients = [size for name, size in sizes.items() if "gradient" in name]
+    least = 0.02 * torch.stack(gradients).square().mean().sqrt() if gradients else torch.zeros(())
     for name, value in truth.items():
         assert got[name].dtype == same_dtype[name].dtype, name
-        usual = max(usual, torch.finfo(got[name].dtype).eps)
-        scale = rms[name] if "gradient" not in name else torch.maximum(rms[name], 0.02 * whole)
-        noise = torch.full_like(value, 1, dtype=torch.float64) * scale * usual * 2 / 3
+        relative = max(usual, torch.finfo(got[name].dtype).eps)
+        size = torch.maximum(sizes[name], least) if "gradient" in name else sizes[name]
+        noise = torch.maximum(value.double().abs(), size) * relative * 2 / 3
         assert_accurate(name, got[name], same_dtype[name], value, noise=noise)
 
 
@@ -164,10 +169,10 @@ def test_fastlora_and_peft_are_the_same(name: str, tmp_path: Path) -> None:
         expected = [outputs(model, given) for model in (ours, theirs, truth)]
         for library in (fastlora, peft):
             for side in ("ours", "theirs"):
-                if library is peft and side == "theirs" and name in UNREADABLE:
+                if side == "theirs" and (name, library) in UNREADABLE:
                     continue
-                torch.manual_seed(11)  # some initialisations split the base's weight by a random projection
                 base = build_base(row.model).to(row.dtype)
+                torch.manual_seed(11)  # PiSSA may split the base's weight by a random projection
                 read = library.PeftModel.from_pretrained(
                     base, tmp_path / side, autocast_adapter_dtype=row.wide
                 )

@@ -115,6 +115,15 @@ def test_json_is_sorted_indented_and_has_the_values(tmp_path: Path) -> None:
     assert "quantize" not in values
 
 
+def test_patterns_keep_their_order(tmp_path: Path) -> None:
+    """The first that matches wins, so that a file in which they were sorted would mean something else."""
+    patterns = {"q_proj": 3, ".*": 21, "a.*": 5}
+    LoraConfig(rank_pattern=patterns, alpha_pattern=patterns).save_pretrained(tmp_path)
+    for read in (LoraConfig.from_pretrained(tmp_path), peft.LoraConfig.from_pretrained(tmp_path)):
+        assert list(read.rank_pattern.items()) == list(patterns.items())
+        assert list(read.alpha_pattern.items()) == list(patterns.items())
+
+
 def test_stock_peft_reads_our_file(tmp_path: Path) -> None:
     LoraConfig(**FULL).save_pretrained(tmp_path)
     with warnings.catch_warnings():
