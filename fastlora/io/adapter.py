@@ -367,9 +367,25 @@ def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> No
                 f"{entry.key}: is on the meta device; give the model real parameters first "
                 "(to_empty)"
             )
+    _check_ties(pairs)
     with torch.no_grad():
         for entry, value in pairs:
             entry.tensor.copy_(value)
+
+
+def _check_ties(pairs: list[tuple[AdapterTensor, Tensor]]) -> None:
+    """ValueError where a file has two values for one Parameter, which two modules share (ensure_weight_tying)."""
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    for entry, value in pairs:
+        target = entry.tensor
+        other, kept = known.setdefault(target.data_ptr(), (target, value))
+        same = (target.shape, target.stride()) == (other.shape, other.stride())
+        if value.numel() and not torch.equal(value if same else value.t(), kept):
+            raise ValueError(
+                f"{entry.key}: differs in the file from the tensor that it shares its memory with (ensure_weight_tying); stock "
+                "peft does not keep them the same over a base in 16 bits. With ensure_weight_tying false and all modules in "
+                f"target_modules of {CONFIG_NAME} both are read as they are"
+            )
 
 
 def matching(

@@ -159,8 +159,7 @@ class LoRALayer(AdapterLayer):
             made = self._factors(init, r, scaling, lora_bias)
         if made.residual is not None:
             self._replace_base_weight(made.residual)
-        self.lora_A[name] = nn.Parameter(made.a.to(device, dtype))
-        self.lora_B[name] = nn.Parameter(made.b.to(device, dtype))
+        self._hold_factors(name, made.a.to(device, dtype), made.b.to(device, dtype))
         if made.bias is not None:
             self.lora_bias[name] = nn.Parameter(made.bias.to(device, dtype))
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
@@ -171,6 +170,11 @@ class LoRALayer(AdapterLayer):
         self.init_lora_weights[name] = init
         if not self.active_adapters:
             self.active_adapters = [name]
+
+    def _hold_factors(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Make A [r, K] and B [N, r] the factors of a new adapter."""
+        self.lora_A[name] = nn.Parameter(a)
+        self.lora_B[name] = nn.Parameter(b)
 
     def _factors(
         self, init: bool | str, r: int, scaling: float, lora_bias: bool = False

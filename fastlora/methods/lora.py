@@ -25,7 +25,6 @@ from .initialisation import EvaConfig, LoftQConfig, settings
 # Fields of peft 0.21 that fastlora has not: anything but the default is refused.
 _UNSUPPORTED: dict[str, Any] = {
     "use_qalora": False,
-    "ensure_weight_tying": False,
     "layer_replication": None,
     "alora_invocation_tokens": None,
     "megatron_config": None,
@@ -70,6 +69,8 @@ class LoraConfig(TargetedConfig):
             stacked expert weights do; ``target_modules=None`` then means none. See ``layers.LoRAParameter``.
         trainable_token_indices: rows of the input embeddings that are trained, with those of a tied output layer; or
             a dict, names of modules by their end -> rows. See ``layers.TrainableTokens``.
+        ensure_weight_tying: where the output layer has the weight of the input embeddings and one of both ("embed_tokens",
+            "lm_head") is in ``target_modules`` or ``modules_to_save``, both are, and share one adapter or one trained copy.
         task_type: one of ``TASK_TYPES`` or None; a classification or question-answering type trains
             the head too.
         base_model_name_or_path, revision: recorded in the file.
@@ -120,10 +121,10 @@ class LoraConfig(TargetedConfig):
     quantize: str | None = None
     use_dora: bool = False
     lora_bias: bool = False
+    ensure_weight_tying: bool = False
     layer_replication: Any = None
     alora_invocation_tokens: Any = None
     use_qalora: bool = False
-    ensure_weight_tying: bool = False
     megatron_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
@@ -139,7 +140,7 @@ class LoraConfig(TargetedConfig):
         check_finite("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
         check_flag("fan_in_fan_out", self.fan_in_fan_out)
-        for flag in ("use_rslora", "use_dora", "lora_bias"):
+        for flag in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             check_flag(flag, getattr(self, flag))
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
         check_choice("quantize", self.quantize, (None, "nf4"))

@@ -136,6 +136,7 @@ _LLAMA: dict[str, dict[str, Any]] = {
 
 # LoRA on other kinds of modules, and of models.
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+_TIED = {"ensure_weight_tying": True}
 _CONV1D = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
 _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d": ("gpt2 still", _CONV1D),
@@ -149,6 +150,17 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d and embeddings, dora": ("gpt2 still", {"target_modules": ["c_attn", "wte", "wpe"], "use_dora": True}),
     "rows and conv1d": ("gpt2 still", {**_CONV1D, "trainable_token_indices": {"wte": [4]}}),
     "embedding tied": ("llama tied", {"target_modules": ["embed_tokens"], "use_rslora": True}),
+    "tied, by the embedding": ("llama tied", {**_TIED, "target_modules": ["embed_tokens", "q_proj"]}),
+    "tied, by the output layer": ("llama tied", {**_TIED, "target_modules": ["lm_head", "q_proj"]}),
+    "tied, by both": ("llama tied", {**_TIED, "target_modules": ["lm_head", "model.embed_tokens"], "use_rslora": True}),
+    "tied, by a regex": ("llama tied", {**_TIED, "target_modules": r".*q_proj|lm_head"}),
+    "tied, dropout": ("llama tied", {**_TIED, "target_modules": ["embed_tokens"], "lora_dropout": 0.2}),
+    "tied, alpha": ("llama tied", {**_TIED, "target_modules": ["embed_tokens"], "alpha_pattern": {"lm_head": 2}}),
+    "tied, dora": ("llama tied", {**_TIED, "target_modules": ["embed_tokens"], "use_dora": True}),
+    "tied, saved": ("llama tied", {**_TIED, **_QV, "modules_to_save": ["embed_tokens", "norm"]}),
+    "tied, saved by the output layer": ("llama tied", {**_TIED, **_QV, "modules_to_save": ["lm_head"]}),
+    "tied, rows": ("llama tied", {**_TIED, **_QV, "trainable_token_indices": {"embed_tokens": [7], "lm_head": [7]}}),
+    "tied, and nothing to tie": ("llama biased", {**_TIED, "target_modules": ["embed_tokens"]}),
     "embedding scaled, dora": ("gemma3", {"target_modules": ["embed_tokens"], "use_dora": True}),
     "embedding scaled": ("gemma3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "rows tied": ("llama tied", {**_QV, "trainable_token_indices": [7, 3, 0]}),
@@ -247,6 +259,13 @@ _NAMES = (
     (r"mlp_head", "transform"),
     (r"transform\.mlp\.", "transform."),
 )
+# With ensure_weight_tying PEFT has two Parameters over one memory where fastlora has one: the output layer's -> the embedding's,
+# which is its transpose. Gradients are of each use in PEFT, of both here.
+TWINS = {
+    f"base_model.model.lm_head.{own}.default": f"base_model.model.model.embed_tokens.{other}.default"
+    for own, other in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A"))
+}
+
 # Keys of PEFT's file alone: base weights of adapted embeddings, and with bias="all" the biases of a module that is trained
 # whole once more.
 _TWICE = r"\.base_layer\.weight$|\.original_module\.bias$|\.modules_to_save\.(default\.)?bias$"
@@ -266,6 +285,9 @@ def same_start(row: Row, name: str, ours: torch.Tensor, theirs: torch.Tensor) ->
         torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(row.dtype).eps, atol=1e-6)
     elif "pissa" in init:  # a singular vector has two signs
         torch.testing.assert_close(ours.abs(), theirs.abs(), rtol=1e-3, atol=1e-4)
+    elif row.settings.get("ensure_weight_tying") and name in TWINS.values():
+        # PEFT draws into the memory of the transpose: the same numbers in another order
+        assert torch.equal(ours.flatten().sort().values, theirs.flatten().sort().values), name
     elif init == "olora":
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     else:
@@ -300,6 +322,7 @@ def fields(values: dict[str, Any], row: Row) -> dict[str, Any]:
 # among target_modules, which are whole names by then; patterns, of which the first match wins, are sorted.
 UNREADABLE = {
     ("ia3 all-linear", peft),
+    ("lora tied, dora", peft),
     ("lora overlapping patterns", peft),
     ("lora overlapping patterns", fastlora),
 }

@@ -62,9 +62,7 @@ def formula(layer: LoRAEmbedding, ids: Tensor, scale: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0), (3, 4), (2, 3, 2)])
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32])
 @pytest.mark.parametrize("dora", [False, True])
-def test_forward_and_gradients(
-    shape: tuple[int, ...], integer: torch.dtype, dora: bool
-) -> None:
+def test_forward_and_gradients(shape: tuple[int, ...], integer: torch.dtype, dora: bool) -> None:
     layer = layer_over(nn.Embedding(V, D), use_dora=dora)
     ids = torch.randint(V, shape)
     got, expected = layer(ids.to(integer)), formula(layer, ids)
@@ -176,7 +174,9 @@ def test_merging(dtype: torch.dtype, dora: bool) -> None:
         magnitude = layer.lora_magnitude_vector["default"].double()
         exact = exact * (magnitude / torch.linalg.vector_norm(exact, dim=0))
     made = layer.merge()
-    torch.testing.assert_close(layer.weight, exact.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-7)
+    torch.testing.assert_close(
+        layer.weight, exact.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-7
+    )
     assert dora or torch.equal(layer.weight, exact.to(torch.float32).to(dtype))
     assert made.error < (1e-6 if dtype == torch.float32 else 3e-3)
     assert not layer(torch.tensor([4])).requires_grad

@@ -213,7 +213,7 @@ def test_parts_of_modules_go_through_pefts_file(given: Any, tmp_path: Path) -> N
         ({"target_parameters": "experts.up"}, TypeError, "list of module names"),
         ({"target_parameters": ["experts.up"], "lora_dropout": 0.1}, ValueError, "lora_dropout"),
         ({"layer_replication": [[0, 1]]}, NotImplementedError, "layer_replication"),
-        ({"ensure_weight_tying": True}, NotImplementedError, "ensure_weight_tying"),
+        ({"ensure_weight_tying": 1}, TypeError, "ensure_weight_tying"),
     ],
 )
 def test_bad_parts_of_modules_are_refused(
