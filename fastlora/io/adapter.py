@@ -221,7 +221,7 @@ def _values(
         )
     return {
         # of a slot for hot-swapping the adapter's own ranks
-        key: state_dict[entry.key][tuple(map(slice, entry.tensor.shape))]
+        key: entry.turned(state_dict[entry.key])[tuple(map(slice, entry.tensor.shape))]
         if entry.compute is None
         else entry.compute(_below(entry.key, state_dict))
         for key, entry in entries.items()

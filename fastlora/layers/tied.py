@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .adapter import AdapterTensor
 from .base import LoRALayer
 from .embedding import LoRAEmbedding
 from .linear import LoRALinear
@@ -100,6 +101,13 @@ class TiedLoRALinear(LoRALinear):
         with torch.no_grad():
             self.lora_A[name].copy_(a)
             self.lora_B[name].copy_(b)
+
+    def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
+        entries = super().adapter_tensors(name)
+        for key, part in zip(("lora_A.weight", "lora_B.weight"), self.factor_names, strict=True):
+            if key in entries:
+                entries[key] = entries[key]._replace(key=f"{part}.{name}", transposed=True)
+        return entries
 
     def weight_holders(self) -> list[nn.Module]:
         return self._source[0].weight_holders()

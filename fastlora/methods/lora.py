@@ -25,7 +25,6 @@ from .initialisation import EvaConfig, LoftQConfig, settings
 # Fields of peft 0.21 that fastlora has not: anything but the default is refused.
 _UNSUPPORTED: dict[str, Any] = {
     "use_qalora": False,
-    "layer_replication": None,
     "alora_invocation_tokens": None,
     "megatron_config": None,
     "corda_config": None,
@@ -71,6 +70,8 @@ class LoraConfig(TargetedConfig):
             a dict, names of modules by their end -> rows. See ``layers.TrainableTokens``.
         ensure_weight_tying: where the output layer has the weight of the input embeddings and one of both ("embed_tokens",
             "lm_head") is in ``target_modules`` or ``modules_to_save``, both are, and share one adapter or one trained copy.
+        layer_replication: the model is rebuilt of runs of its layers, [start, end] one after another: [[0, 4], [2, 5]] is 0 1 2 3
+            2 3 4. Layers that occur again share their weights and get adapters of their own. Without ``bias`` and ``quantize``.
         task_type: one of ``TASK_TYPES`` or None; a classification or question-answering type trains
             the head too.
         base_model_name_or_path, revision: recorded in the file.
@@ -122,7 +123,7 @@ class LoraConfig(TargetedConfig):
     use_dora: bool = False
     lora_bias: bool = False
     ensure_weight_tying: bool = False
-    layer_replication: Any = None
+    layer_replication: list[list[int]] | None = None
     alora_invocation_tokens: Any = None
     use_qalora: bool = False
     megatron_config: Any = None
@@ -146,6 +147,7 @@ class LoraConfig(TargetedConfig):
         check_choice("quantize", self.quantize, (None, "nf4"))
         self._check_init()
         self._check_layers()
+        self._check_replication()
         self._check_patterns()
         self._check_parts()
 
@@ -229,6 +231,21 @@ class LoraConfig(TargetedConfig):
             )
             for pattern in module_names("layers_pattern", patterns):
                 check_regex("layers_pattern", pattern)
+
+    def _check_replication(self) -> None:
+        runs, name = self.layer_replication, "layer_replication"
+        if runs is None:
+            return
+        if isinstance(runs, (str, Mapping)) or not hasattr(runs, "__iter__"):
+            raise TypeError(f"{name}: got {runs!r}; accepted is a list of [start, end]")
+        self.layer_replication = runs = [check_indices(name, run) for run in runs]
+        if not runs or any(len(run) != 2 or run[0] >= run[1] for run in runs):
+            raise ValueError(f"{name}: got {runs}; accepted are [start, end] with start below end")
+        for other, accepted in (("bias", "none"), ("quantize", None)):
+            if (given := getattr(self, other)) != accepted:
+                raise ValueError(
+                    f"{other}: got {given!r} with {name}, whose layers share what it changes; accepted is {accepted!r}"
+                )
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):

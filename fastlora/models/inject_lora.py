@@ -36,7 +36,9 @@ from ..methods.matching import (
     unmatched_patterns,
 )
 from ..quant import NF4Tensor
+from .inject import Swap
 from .inject_parts import PartsInjection
+from .replication import check_replication, replicated
 
 # What takes a module's place: the layer of the first line that fits.
 _LAYERS: tuple[tuple[Callable[[Any], bool], Callable[..., LoRALayer]], ...] = (
@@ -49,6 +51,14 @@ _LAYERS: tuple[tuple[Callable[[Any], bool], Callable[..., LoRALayer]], ...] = (
 
 class LoraInjection(PartsInjection):
     """Low-rank updates at linear modules, and the base in 4 bits where the configuration says so."""
+
+    def _rebuild(self) -> list[Swap]:
+        wanted = self.config.layer_replication
+        if self._active is not None:
+            check_replication(self.model, wanted)
+            return []
+        changes = replicated(self.model, wanted) if wanted else []
+        return [Swap(owner, name, getattr(owner, name), new) for owner, name, new in changes]
 
     def _resolve(self) -> None:
         config, model = self.config, self.model
@@ -129,9 +139,9 @@ class LoraInjection(PartsInjection):
         shared = [
             swap.attribute
             for swap in self._swaps
-            if self._users[id(getattr(swap.old, "weight", None))] > 1 and not self._tied_targets
+            if self._users[id(getattr(swap.old, "weight", None))] > 1
         ]
-        if shared:
+        if shared and not self._tied_targets and not self.config.layer_replication:
             warnings.warn(
                 f"target_modules: {sorted(set(shared))} share their weight with another module (tied weights), which gets no "
                 "part of the update; merging will give them a weight of their own",

@@ -195,7 +195,7 @@ def _warn_of_ties(model: nn.Module, merged: list[str], what: str) -> None:
         others = [other for other, module in found.items() if module not in own]
         if others:
             warnings.warn(
-                f"merging gives {name!r} a weight of its own, which it shared with {others[0]!r}: that one has no update. "
+                f"merging gives {name!r} a weight of its own, which it shared with {others[0]!r}: that one gets no part of its update. "
                 f"They must not be tied again; {what}",
                 stacklevel=4,
             )

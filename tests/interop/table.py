@@ -131,6 +131,9 @@ _LLAMA: dict[str, dict[str, Any]] = {
     "embedding saved": {**_QV, "modules_to_save": ["embed_tokens"]},
     "rows": {**_QV, "trainable_token_indices": [7, 3, 0, 50]},
     "rows, dora": {**_QV, "trainable_token_indices": [7, 3], "use_dora": True},
+    "replicated": {**_MLP, "layer_replication": [[0, 2], [0, 1], [1, 2]]},
+    "replicated, some": {**_MLP, "layer_replication": [[0, 2], [1, 2]], "layers_to_transform": [2], "lora_dropout": 0.1},
+    "replicated, dora": {**_QV, "layer_replication": [[1, 2], [0, 2]], "use_dora": True},
     "a linear's weight": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
 }  # fmt: skip
 
@@ -182,6 +185,7 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5, all-linear": ("t5", {"target_modules": "all-linear", "task_type": "SEQ_2_SEQ_LM"}),
     "t5, dora": ("t5", {"target_modules": ["q", "wi"], "use_dora": True, "task_type": "SEQ_2_SEQ_LM"}),
     "bert, all-linear": ("bert-sequence", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "bert, replicated": ("bert-sequence", {"layer_replication": [[0, 2], [0, 2]], "task_type": "SEQ_CLS"}),
     "bert, bias": ("bert-token", {"bias": "all", "task_type": "TOKEN_CLS"}),
 }  # fmt: skip
 _NARROW: dict[str, tuple[str, dict[str, Any]]] = {
@@ -305,12 +309,17 @@ def tensors_of_file(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in theirs.items() if not re.search(_TWICE, key)}
 
 
+_SETS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters")  # fmt: skip
+
+
 def fields(values: dict[str, Any], row: Row) -> dict[str, Any]:
     """A configuration file, with lists that stand for sets sorted.
 
     "all-linear" is in the file as the names that it meant; fastlora always writes the ends of them that mean the same.
     """
-    kept = {key: sorted(set(v)) if isinstance(v, list) else v for key, v in values.items()}
+    kept = {
+        k: sorted(set(v)) if k in _SETS and isinstance(v, list) else v for k, v in values.items()
+    }
     if row.settings.get("target_parameters"):
         kept["target_modules"] = kept["target_modules"] or []  # none, either way
     if row.settings.get("target_modules") == "all-linear":

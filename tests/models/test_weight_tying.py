@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora import LoraConfig
+from fastlora.io.merge import merge_checkpoint
 from fastlora.layers import LoRAEmbedding, TiedLoRALinear, TrainableCopy
 from tests.tiny_models import assert_unchanged, logits, snapshot, some_ids, tiny_llama
 
@@ -125,6 +127,27 @@ def test_merged_it_stays_tied_where_both_got_the_same(settings: dict[str, Any]) 
     same = "use_dora" not in settings  # lengths of rows and of columns part them
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) is same
     assert plain.config.tie_word_embeddings is same
+
+
+@BOTH
+def test_merged_into_files(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = made(settings)
+    tied_llama().save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = some_ids()
+    torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_dict_may_be_saved_in_place_of_the_model(tmp_path: Path) -> None:
+    """As those that gather sharded models do."""
+    model, other = made(ADAPTED), moved(made(ADAPTED), 8)
+    model.save_pretrained(tmp_path / "given", state_dict=other.state_dict())
+    other.save_pretrained(tmp_path / "own")
+    given, own = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("given", "own"))
+    assert given.keys() == own.keys()
+    assert all(torch.equal(given[key], value) for key, value in own.items())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
