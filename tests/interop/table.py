@@ -233,13 +233,15 @@ TABLE: dict[str, Row] = {
     **{f"lora on {kind}": Row(kind, "LoraConfig", _lora({})) for kind in _FAMILIES},
     **{f"lora for {name}": Row(name, "LoraConfig", _lora({"task_type": task})) for name, (task, _) in TASKS.items()},
     **{f"lora bf16 {name}": Row(model, "LoraConfig", _lora(given), torch.bfloat16) for name, (model, given) in _NARROW.items()},
-    "lora fp16": Row("llama biased", "LoraConfig", _lora(_MLP), torch.float16),
+    **{f"lora fp16 {name}": Row(_NARROW[name][0], "LoraConfig", _lora(_NARROW[name][1]), torch.float16) for name in ("", "conv1d", "both ends", "experts", "rows tied")},
     "lora fp64": Row("llama biased", "LoraConfig", _lora(_MLP), torch.float64),
     "lora bf16, narrow": Row("llama biased", "LoraConfig", _lora(_MLP), torch.bfloat16, wide=False),
     **{f"ia3 {name}": Row(model, "IA3Config", given) for name, (model, given) in _IA3.items()},
     "ia3 bf16": Row("llama", "IA3Config", {}, torch.bfloat16),
+    "ia3 bf16, narrow": Row("llama", "IA3Config", {}, torch.bfloat16, wide=False),
     **{f"norms {name}": Row(model, "LNTuningConfig", given) for name, (model, given) in _NORMS.items()},
     "norms bf16": Row("llama", "LNTuningConfig", {}, torch.bfloat16),
+    "norms bf16, narrow": Row("llama", "LNTuningConfig", {}, torch.bfloat16, wide=False),
     **{
         f"{method} for {name}": Row(name, kind, {"num_virtual_tokens": COUNT, "task_type": task, **given})
         for method, (kind, given) in PROMPTS.items()
