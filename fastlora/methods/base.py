@@ -54,6 +54,8 @@ class PeftConfig:
     ignored: ClassVar[tuple[str, ...]] = ("auto_mapping", "peft_version")
     # Fields of PEFT's that change the method and that fastlora does not have: name -> the one value accepted.
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    # Why, by the same names.
+    reasons: ClassVar[Mapping[str, str]] = {}
     # Fields of fastlora's that the file does not have.
     unsaved: ClassVar[tuple[str, ...]] = ()
     weights_name: ClassVar[str] = "adapter_model.safetensors"
@@ -91,7 +93,7 @@ class PeftConfig:
             if value != accepted and value not in ([], {}):
                 kind = f"peft.{type(self).__name__}"
                 raise NotImplementedError(
-                    f"{name}: got {value!r}; fastlora does not have it, accepted is {accepted!r}. "
+                    f"{name}: got {value!r}; fastlora does not have it, accepted is {accepted!r}: {self.reasons[name]}. "
                     f"Use {kind}({name}=...) with peft.get_peft_model"
                     + (
                         ", and fastlora.accelerate(model) on the result"

@@ -22,19 +22,20 @@ from .checks import (
 )
 from .initialisation import EvaConfig, LoftQConfig, settings
 
-# Fields of peft 0.21 that fastlora has not: anything but the default is refused.
-_UNSUPPORTED: dict[str, Any] = {
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "megatron_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "kasa_config": None,
-    "arrow_config": None,
-    "use_bdlora": None,
+# Fields of peft 0.21 that fastlora has not, and why: anything but the default is refused.
+_REASONS = {
+    "use_qalora": "QA-LoRA pools its input by groups of GPTQ's, which is no base of fastlora's own",
+    "alora_invocation_tokens": "aLoRA acts from some tokens on, and layers are not told of positions",
+    "megatron_config": "Megatron's parallel linears are not among the layers that fastlora replaces",
+    "corda_config": "CorDA splits weights by covariances that other code than get_peft_model collects first",
+    "lora_ga_config": "LoRA-GA begins with gradients that other code than get_peft_model collects first",
+    "velora_config": "VeLoRA keeps projections of inputs for backward, which the kernels here need whole",
+    "monteclora_config": "MonteCLoRA samples its factors at every forward and has a loss of its own",
+    "kasa_config": "KaSA changes the base for good, has singular values between A and B, and a loss of its own",
+    "arrow_config": "Arrow chooses among adapters token by token",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal, a layout of engines that serve them",
 }
+_UNSUPPORTED: dict[str, Any] = {**dict.fromkeys(_REASONS), "use_qalora": False}
 
 
 @dataclass
@@ -96,6 +97,7 @@ class LoraConfig(TargetedConfig):
         "qalora_group_size",
     )
     unsupported: ClassVar[Mapping[str, Any]] = _UNSUPPORTED
+    reasons: ClassVar[Mapping[str, str]] = _REASONS
     meaning: ClassVar[tuple[str, ...]] = (
         "lora_alpha",
         "use_rslora",
