@@ -127,14 +127,15 @@ def assert_all_accurate(got: Any, same_dtype: Any, truth: Any) -> None:
     """The accuracy rule for each tensor of a step.
 
     Roundings add up over a whole model, and are small by luck in some tensors of some library: peft's median error is taken as
-    the noise of any, relative to its elements, and of a gradient to the size of gradients in general as well.
+    the noise of any, relative to its elements, and of a gradient to a tenth of the largest as well: some are sums of larger
+    numbers that cancel.
     """
     assert got.keys() == same_dtype.keys() == truth.keys()
     usual = median(relative_error(same_dtype[name], value) for name, value in truth.items())
     usual = max(usual, 2**-50)  # peft in fp64 is the truth itself
     sizes = {name: value.double().square().mean().sqrt() for name, value in truth.items()}
     gradients = [size for name, size in sizes.items() if "gradient" in name]
-    least = 0.02 * torch.stack(gradients).square().mean().sqrt() if gradients else torch.zeros(())
+    least = max(gradients, default=torch.zeros(())) / 10
     for name, value in truth.items():
         assert got[name].dtype == same_dtype[name].dtype, name
         size = torch.maximum(sizes[name], least) if "gradient" in name else sizes[name]
