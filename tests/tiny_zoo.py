@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.tiny_models import VOCABULARY, tiny_llama
+from tests.tiny_models import VOCABULARY, some_ids, tiny_llama
 
 _WIDTH, _LAYERS, _HEADS, _INNER = 32, 2, 4, 48
 _USUAL = {
@@ -19,6 +19,13 @@ _USUAL = {
     "num_attention_heads": _HEADS,
     "intermediate_size": _INNER,
     "max_position_embeddings": 64,
+}
+_EXPERTS = {
+    **_USUAL,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
 }
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": _WIDTH, "n_layer": _LAYERS, "n_head": _HEADS}
 _T5 = {"vocab_size": VOCABULARY, "d_model": _WIDTH, "d_kv": 8, "d_ff": _INNER}
@@ -76,8 +83,32 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "decoder_start_token_id": 2,
         },
     ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_USUAL, "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    ),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", _EXPERTS),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {**_EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+    ),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {**_EXPERTS, "head_dim": 8}),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            **_EXPERTS,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": _INNER,
+            "head_dim": 8,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
 }
-TYPES = ("llama", *(name for name in _KINDS if name != "bart"))
+_NAMED = ("bart", "gemma3", "mixtral", "qwen2_moe", "gpt_oss", "llama4")  # for tests that name them
+TYPES = ("llama", *(name for name in _KINDS if name not in _NAMED))
 
 
 def tiny(model_type: str, seed: int = 0, head: str = "", **changes: Any) -> Any:
@@ -126,3 +157,27 @@ TASKS: dict[str, tuple[str, Callable[[], Any]]] = {
     "bert": ("FEATURE_EXTRACTION", partial(tiny, "bert", head="BertModel", **_PADDED)),
     "llama-features": ("FEATURE_EXTRACTION", partial(tiny, "llama", head="LlamaModel", num_key_value_heads=2, **_PADDED)),
 }  # fmt: skip
+
+
+def inputs(task: str, padding: str | None = None) -> dict[str, Tensor]:
+    """What a model for ``task`` is given: ids, and labels where stock PEFT takes them. ``padding``: "left", "right" or none."""
+    ids = some_ids()
+    mask = torch.ones_like(ids)
+    if padding is not None:
+        mask[1, slice(-3, None) if padding == "right" else slice(3)] = 0
+    labels = {
+        "CAUSAL_LM": {"labels": ids},
+        "SEQ_2_SEQ_LM": {"labels": some_ids(seed=8, length=5)},
+        "SEQ_CLS": {"labels": torch.tensor([0, 2])},
+        "QUESTION_ANS": {
+            "start_positions": torch.tensor([1, 2]),
+            "end_positions": torch.tensor([4, 3]),
+        },
+    }
+    found = {"input_ids": ids * mask, **labels.get(task, {})}
+    return found if padding is None else {**found, "attention_mask": mask}
+
+
+def tensors(output: Any) -> dict[str, Tensor]:
+    """A model's outputs that are tensors."""
+    return {key: value for key, value in output.items() if isinstance(value, Tensor)}

@@ -145,6 +145,7 @@ def load_adapter(
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     is_trainable: bool | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> PeftModel:
     """Read an adapter that fastlora or stock peft wrote.
 
@@ -156,6 +157,7 @@ def load_adapter(
             of its name.
         adapter_name: the adapter to fill.
         is_trainable: whether it trains afterwards, if it is active; None: as before.
+        autocast_adapter_dtype: of an adapter that is new; see ``get_peft_model``.
 
     Returns:
         ``model``, or the PeftModel around it.
@@ -174,7 +176,7 @@ def load_adapter(
     tensors = read_tensors(_weights_file(folder, config))
     if not isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
-        wrapped = _put_in(plan(model, config, adapter_name), tensors)
+        wrapped = _put_in(plan(model, config, adapter_name, autocast_adapter_dtype), tensors)
         return wrapped if is_trainable else wrapped.eval()
 
     model.check_change("load_adapter")
@@ -183,7 +185,12 @@ def load_adapter(
         _fill(model, adapter_name, tensors)
     else:
         config.inference_mode = True
-        model.add_loaded(adapter_name, config, lambda: _fill(model, adapter_name, tensors))
+        model.add_loaded(
+            adapter_name,
+            config,
+            lambda: _fill(model, adapter_name, tensors),
+            autocast_adapter_dtype,
+        )
     if is_trainable is not None and adapter_name in model.active_adapters:
         own = model.peft_config[adapter_name]
         set_trainable(model.get_base_model(), own, model.active_adapters, is_trainable)
@@ -214,7 +221,7 @@ def _values(
         )
     return {
         # of a slot for hot-swapping the adapter's own ranks
-        key: state_dict[entry.key][tuple(map(slice, entry.tensor.shape))]
+        key: entry.turned(state_dict[entry.key])[tuple(map(slice, entry.tensor.shape))]
         if entry.compute is None
         else entry.compute(_below(entry.key, state_dict))
         for key, entry in entries.items()
@@ -360,9 +367,25 @@ def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> No
                 f"{entry.key}: is on the meta device; give the model real parameters first "
                 "(to_empty)"
             )
+    _check_ties(pairs)
     with torch.no_grad():
         for entry, value in pairs:
             entry.tensor.copy_(value)
+
+
+def _check_ties(pairs: list[tuple[AdapterTensor, Tensor]]) -> None:
+    """ValueError where a file has two values for one Parameter, which two modules share (ensure_weight_tying)."""
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    for entry, value in pairs:
+        target = entry.tensor
+        other, kept = known.setdefault(target.data_ptr(), (target, value))
+        same = (target.shape, target.stride()) == (other.shape, other.stride())
+        if value.numel() and not torch.equal(value if same else value.t(), kept):
+            raise ValueError(
+                f"{entry.key}: differs in the file from the tensor that it shares its memory with (ensure_weight_tying); stock "
+                "peft does not keep them the same over a base in 16 bits. With ensure_weight_tying false and all modules in "
+                f"target_modules of {CONFIG_NAME} both are read as they are"
+            )
 
 
 def matching(

@@ -201,7 +201,8 @@ class _Work:
         name, layer, _ = found
         live, device = _alive(name, layer, base), base[f"{name}.weight"].device
         for entry in layer.adapter_tensors("default").values():
-            _assign(live, entry.key, self._values[f"{name}.{entry.key}"].to(device))
+            value = entry.turned(self._values[f"{name}.{entry.key}"])
+            _assign(live, entry.key, value.to(device))
         made = live.merged_weight()
         merged: dict[str, Any] = {**base, f"{name}.weight": made.weight}
         if f"{name}.bias" in base and isinstance(live, FusedLayer):

@@ -13,6 +13,7 @@ from .parameter import LoRAParameter
 from .prompts import PrefixTokens, PromptLayer, VirtualTokens
 from .qlora import QLoRALinear
 from .saved import TrainableCopy
+from .tied import TiedLoRALinear
 from .tokens import TiedTokens, TrainableTokens
 from .wrapper import LoRAWrapper
 
@@ -29,6 +30,7 @@ __all__ = [
     "PrefixTokens",
     "PromptLayer",
     "QLoRALinear",
+    "TiedLoRALinear",
     "TiedTokens",
     "TrainableCopy",
     "TrainableTokens",

@@ -37,12 +37,18 @@ class AdapterTensor(NamedTuple):
     """A tensor of an adapter: its key in the layer's state_dict, and the tensor itself.
 
     ``compute``: set where the file holds what is only computed from the adapter, and cannot be read back. ``key`` is then
-    a prefix, and ``compute`` makes the value from what a state_dict has under it.
+    a prefix, and ``compute`` makes the value from what a state_dict has under it. ``transposed``: ``tensor``, as the file has
+    it, is a view of what is under ``key``.
     """
 
     key: str
     tensor: Tensor
     compute: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    transposed: bool = False
+
+    def turned(self, value: Tensor) -> Tensor:
+        """A value in the file as the state_dict has it, or the other way round."""
+        return value.t() if self.transposed else value
 
 
 class AdapterLayer(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autograd import scale_columns
 from ..ops.support import MAX_RANK
 from .adapter import AdapterLayer, AdapterTensor, check_adapter_name
-from .dora import BaseRows, row_norms
+from .dora import BaseRows, exact_row_norms, row_norms
 from .inits import Factors, check_init, check_lora_bias, initial_factors
 from .merging import Merged
 
@@ -159,8 +159,7 @@ class LoRALayer(AdapterLayer):
             made = self._factors(init, r, scaling, lora_bias)
         if made.residual is not None:
             self._replace_base_weight(made.residual)
-        self.lora_A[name] = nn.Parameter(made.a.to(device, dtype))
-        self.lora_B[name] = nn.Parameter(made.b.to(device, dtype))
+        self._hold_factors(name, made.a.to(device, dtype), made.b.to(device, dtype))
         if made.bias is not None:
             self.lora_bias[name] = nn.Parameter(made.bias.to(device, dtype))
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
@@ -171,6 +170,11 @@ class LoRALayer(AdapterLayer):
         self.init_lora_weights[name] = init
         if not self.active_adapters:
             self.active_adapters = [name]
+
+    def _hold_factors(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Make A [r, K] and B [N, r] the factors of a new adapter."""
+        self.lora_A[name] = nn.Parameter(a)
+        self.lora_B[name] = nn.Parameter(b)
 
     def _factors(
         self, init: bool | str, r: int, scaling: float, lora_bias: bool = False
@@ -191,6 +195,12 @@ class LoRALayer(AdapterLayer):
         return row_norms(
             self._base_rows(), self.lora_A[name], self.lora_B[name], self.scaling[name]
         )
+
+    def _column_factors(self, name: str) -> Tensor:
+        """What DoRA multiplies the rows of W + s B A by: m / ||W + s B A|| [N] in fp64."""
+        factors = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        norms = exact_row_norms(self._base_rows(), *factors)
+        return torch.where(norms > 0, self.lora_magnitude_vector[name].double() / norms, 0)
 
     def reset_adapters(self) -> None:
         """Initialise every adapter again from its own settings (after ``to_empty``, say).

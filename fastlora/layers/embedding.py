@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd import scale_columns
 from ..quant import NF4Tensor
 from .adapter import AdapterTensor
 from .base import LoRALayer
+from .dora import BaseRows, rows_of
 from .inits import Factors
 from .merging import MergeableLayer, as_parameter
 from .plain import FLOATS, bare
@@ -73,8 +75,8 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
 
     ``weight`` keeps the name of nn.Embedding; the adapters are ``lora_embedding_A.<name>`` [r, num_embeddings], zeros at
     first, and ``lora_embedding_B.<name>`` [dim, r], normal, as PEFT has them. As matrices they are a LoRALayer's A and B,
-    of W^T [dim, num_embeddings], and ``lora_A`` and ``lora_B`` are other names for them. There is no dropout: ids have
-    nothing to drop. A padding row gets no gradient, and A's gradient is dense whatever ``sparse`` says.
+    of W^T [dim, num_embeddings], and ``lora_A`` and ``lora_B`` are other names for them; so the magnitudes of a DoRA adapter
+    are [dim], one a column of W. There is no dropout: ids have nothing to drop. A padding row gets no gradient, and A's gradient is dense whatever ``sparse`` says.
 
     Args:
         embedding: an nn.Embedding, or a subclass that scales its rows by ``embed_scale``; its weight is shared, not copied,
@@ -112,6 +114,7 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
             self.__dict__[name] = embedding.__dict__[name]
         # What to unload into: the module without its tensors. In a tuple, so that it is no submodule.
         self._bare = (bare(embedding),)
+        self.tied: list[nn.Module] = []  # output layers with the same adapters, see TiedLoRALinear
         self.add_adapter(adapter_name, **settings)
         self.weight.requires_grad_(False)  # last: an error above leaves the caller's as it was
         self.train(embedding.training)
@@ -129,7 +132,8 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
             return {}
         return {
             part: AdapterTensor(f"{part}.{name}", getattr(self, part)[name])
-            for part in self.factor_names
+            for part in (*self.factor_names, "lora_magnitude_vector")
+            if name in getattr(self, part)
         }
 
     def _base_weight(self) -> Tensor:
@@ -138,18 +142,20 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
     def _base_device_dtype(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 
+    def _base_rows(self) -> BaseRows:
+        return rows_of(self.weight.t())
+
     def add_adapter(self, name: str = "default", *args: Any, **settings: Any) -> None:
         """As ``LoRALayer.add_adapter``.
 
         Raises:
-            NotImplementedError: also with DoRA or lora_bias.
+            ValueError: also with lora_bias.
         """
-        for field in ("use_dora", "lora_bias"):
-            if settings.get(field):
-                raise NotImplementedError(
-                    f"{field}: got True over an embedding; accepted is False there. Leave it out of target_modules, or use "
-                    "stock peft"
-                )
+        if settings.get("lora_bias"):
+            raise ValueError(
+                "lora_bias: got True over an embedding; accepted is False there, as in PEFT: its rows have no bias to add to. "
+                "Leave it out of target_modules"
+            )
         super().add_adapter(name, *args, **settings)
 
     def _factors(
@@ -187,6 +193,8 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
             return y
         for name in self.acting_adapters():
             y = y + self._update(ids, name)
+            if name in self.lora_magnitude_vector:
+                y = scale_columns(y, self.lora_magnitude_vector[name], self._row_norms(name), None)
         return y.to(dtype)
 
     def _update(self, ids: Tensor, name: str) -> Tensor:
@@ -201,7 +209,12 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
             a = self.lora_embedding_A[name].t()
             for rows, part in zip(exact.split(1024), a.split(1024), strict=True):
                 rows += (part.double() @ b.t()) * scaling
+            if name in self.lora_magnitude_vector:
+                exact *= self._column_factors(name).to(exact.dtype)
         return exact
+
+    def weight_holders(self) -> list[nn.Module]:
+        return [self, *self.tied]
 
     def as_base(self, weight: Tensor | NF4Tensor) -> nn.Module:
         """The embedding, over ``weight``."""

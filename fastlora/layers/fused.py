@@ -12,7 +12,7 @@ from .._autocast import autocast_dtype
 from ..autograd import scale_columns
 from ..quant import NF4Tensor
 from .base import LoRALayer
-from .dora import exact_row_norms, product_without_gradient
+from .dora import product_without_gradient
 from .merging import MergeableLayer, Merged, as_parameter
 from .mixed import mixed_linear
 
@@ -102,12 +102,6 @@ class FusedLayer(MergeableLayer, LoRALayer):
             made = (self.bias.double() + total).to(self.bias.dtype)
             self._check_finite(made)
             return nn.Parameter(made, requires_grad=False)
-
-    def _column_factors(self, name: str) -> Tensor:
-        """What DoRA multiplies the rows of W + s B A by: m / ||W + s B A|| [N] in fp64."""
-        factors = self.lora_A[name], self.lora_B[name], self.scaling[name]
-        norms = exact_row_norms(self._base_rows(), *factors)
-        return torch.where(norms > 0, self.lora_magnitude_vector[name].double() / norms, 0)
 
     def merged_weight(self, dequantize: bool | torch.dtype = False) -> Merged:
         """As ``MergeableLayer.merged_weight``; a DoRA adapter scales the rows of what is there with its own update.

@@ -20,14 +20,21 @@ class TrainableCopy(StandIn):
     Args:
         module: the module to train a copy of.
         adapter_name: the adapter that the copy belongs to.
+        source: copies of another module over the same weight; they share it with these (``ensure_weight_tying``).
     """
 
     stands_for: ClassVar[str] = "original_module"
     by_adapter: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
-    def __init__(self, module: nn.Module, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        adapter_name: str = "default",
+        source: TrainableCopy | None = None,
+    ) -> None:
         super().__init__()
         self.original_module = module
+        self.source = (source,)  # in a tuple, so that it is no submodule
         self.modules_to_save = nn.ModuleDict()
         self.add_adapter(adapter_name)
         self.active_adapters = [adapter_name]
@@ -41,7 +48,10 @@ class TrainableCopy(StandIn):
         """
         if check_adapter_name(name) in self.modules_to_save:
             raise ValueError(f"name: adapter {name!r} exists already; choose another name")
-        self.modules_to_save[name] = copy.deepcopy(self.original_module)
+        (source,), shared = self.source, {}
+        if source is not None:
+            shared = {id(self.original_module.weight): source.modules_to_save[name].weight}
+        self.modules_to_save[name] = copy.deepcopy(self.original_module, shared)
 
     def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
         if name not in self.modules_to_save:

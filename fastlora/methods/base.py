@@ -54,6 +54,8 @@ class PeftConfig:
     ignored: ClassVar[tuple[str, ...]] = ("auto_mapping", "peft_version")
     # Fields of PEFT's that change the method and that fastlora does not have: name -> the one value accepted.
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    # Why, by the same names.
+    reasons: ClassVar[Mapping[str, str]] = {}
     # Fields of fastlora's that the file does not have.
     unsaved: ClassVar[tuple[str, ...]] = ()
     weights_name: ClassVar[str] = "adapter_model.safetensors"
@@ -91,7 +93,7 @@ class PeftConfig:
             if value != accepted and value not in ([], {}):
                 kind = f"peft.{type(self).__name__}"
                 raise NotImplementedError(
-                    f"{name}: got {value!r}; fastlora does not have it, accepted is {accepted!r}. "
+                    f"{name}: got {value!r}; fastlora does not have it, accepted is {accepted!r}: {self.reasons[name]}. "
                     f"Use {kind}({name}=...) with peft.get_peft_model"
                     + (
                         ", and fastlora.accelerate(model) on the result"
@@ -117,8 +119,9 @@ class PeftConfig:
         return {**values, "peft_type": self.peft_type}
 
     def to_json(self, **changes: Any) -> str:
-        """``adapter_config.json``: sorted keys, indent 2, with ``changes`` for the file alone."""
-        return json.dumps({**self.to_dict(), **changes}, indent=2, sort_keys=True)
+        """``adapter_config.json``: fields sorted, indent 2, with ``changes`` for the file alone. Patterns keep their order,
+        for the first match wins."""
+        return json.dumps(dict(sorted({**self.to_dict(), **changes}.items())), indent=2)
 
     def file_fields(self, model: nn.Module, adapter_name: str) -> dict[str, Any]:
         """What a file says of an adapter beside its configuration: ``changes`` of ``to_json``."""

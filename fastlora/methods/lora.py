@@ -22,21 +22,20 @@ from .checks import (
 )
 from .initialisation import EvaConfig, LoftQConfig, settings
 
-# Fields of peft 0.21 that fastlora has not: anything but the default is refused.
-_UNSUPPORTED: dict[str, Any] = {
-    "use_qalora": False,
-    "ensure_weight_tying": False,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "megatron_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "kasa_config": None,
-    "arrow_config": None,
-    "use_bdlora": None,
+# Fields of peft 0.21 that fastlora has not, and why: anything but the default is refused.
+_REASONS = {
+    "use_qalora": "QA-LoRA pools its input by groups of GPTQ's, which is no base of fastlora's own",
+    "alora_invocation_tokens": "aLoRA acts from some tokens on, and layers are not told of positions",
+    "megatron_config": "Megatron's parallel linears are not among the layers that fastlora replaces",
+    "corda_config": "CorDA splits weights by covariances that other code than get_peft_model collects first",
+    "lora_ga_config": "LoRA-GA begins with gradients that other code than get_peft_model collects first",
+    "velora_config": "VeLoRA keeps projections of inputs for backward, which the kernels here need whole",
+    "monteclora_config": "MonteCLoRA samples its factors at every forward and has a loss of its own",
+    "kasa_config": "KaSA changes the base for good, has singular values between A and B, and a loss of its own",
+    "arrow_config": "Arrow chooses among adapters token by token",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal, a layout of engines that serve them",
 }
+_UNSUPPORTED: dict[str, Any] = {**dict.fromkeys(_REASONS), "use_qalora": False}
 
 
 @dataclass
@@ -70,6 +69,10 @@ class LoraConfig(TargetedConfig):
             stacked expert weights do; ``target_modules=None`` then means none. See ``layers.LoRAParameter``.
         trainable_token_indices: rows of the input embeddings that are trained, with those of a tied output layer; or
             a dict, names of modules by their end -> rows. See ``layers.TrainableTokens``.
+        ensure_weight_tying: where the output layer has the weight of the input embeddings and one of both ("embed_tokens",
+            "lm_head") is in ``target_modules`` or ``modules_to_save``, both are, and share one adapter or one trained copy.
+        layer_replication: the model is rebuilt of runs of its layers, [start, end] one after another: [[0, 4], [2, 5]] is 0 1 2 3
+            2 3 4. Layers that occur again share their weights and get adapters of their own. Without ``bias`` and ``quantize``.
         task_type: one of ``TASK_TYPES`` or None; a classification or question-answering type trains
             the head too.
         base_model_name_or_path, revision: recorded in the file.
@@ -94,6 +97,7 @@ class LoraConfig(TargetedConfig):
         "qalora_group_size",
     )
     unsupported: ClassVar[Mapping[str, Any]] = _UNSUPPORTED
+    reasons: ClassVar[Mapping[str, str]] = _REASONS
     meaning: ClassVar[tuple[str, ...]] = (
         "lora_alpha",
         "use_rslora",
@@ -120,10 +124,10 @@ class LoraConfig(TargetedConfig):
     quantize: str | None = None
     use_dora: bool = False
     lora_bias: bool = False
-    layer_replication: Any = None
+    ensure_weight_tying: bool = False
+    layer_replication: list[list[int]] | None = None
     alora_invocation_tokens: Any = None
     use_qalora: bool = False
-    ensure_weight_tying: bool = False
     megatron_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
@@ -139,12 +143,13 @@ class LoraConfig(TargetedConfig):
         check_finite("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
         check_flag("fan_in_fan_out", self.fan_in_fan_out)
-        for flag in ("use_rslora", "use_dora", "lora_bias"):
+        for flag in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             check_flag(flag, getattr(self, flag))
         check_choice("bias", self.bias, ("none", "all", "lora_only"))
         check_choice("quantize", self.quantize, (None, "nf4"))
         self._check_init()
         self._check_layers()
+        self._check_replication()
         self._check_patterns()
         self._check_parts()
 
@@ -228,6 +233,21 @@ class LoraConfig(TargetedConfig):
             )
             for pattern in module_names("layers_pattern", patterns):
                 check_regex("layers_pattern", pattern)
+
+    def _check_replication(self) -> None:
+        runs, name = self.layer_replication, "layer_replication"
+        if runs is None:
+            return
+        if isinstance(runs, (str, Mapping)) or not hasattr(runs, "__iter__"):
+            raise TypeError(f"{name}: got {runs!r}; accepted is a list of [start, end]")
+        self.layer_replication = runs = [check_indices(name, run) for run in runs]
+        if not runs or any(len(run) != 2 or run[0] >= run[1] for run in runs):
+            raise ValueError(f"{name}: got {runs}; accepted are [start, end] with start below end")
+        for other, accepted in (("bias", "none"), ("quantize", None)):
+            if (given := getattr(self, other)) != accepted:
+                raise ValueError(
+                    f"{other}: got {given!r} with {name}, whose layers share what it changes; accepted is {accepted!r}"
+                )
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):

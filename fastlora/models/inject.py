@@ -35,8 +35,10 @@ STOCK = "peft.get_peft_model, and fastlora.accelerate(model) on the result"
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-class _Swap(NamedTuple):
-    owner: nn.Module
+class Swap(NamedTuple):
+    """An attribute of a module, or of the model's configuration, that gets another value."""
+
+    owner: Any
     attribute: str
     old: Any
     new: Any
@@ -76,23 +78,39 @@ class Injection(Generic[Config]):
         self.adapter_name = check_adapter_name(adapter_name)
         self.config = config
         self._widen, self._device, self._active = autocast_adapter_dtype, device, active
-        self._swaps: list[_Swap] = []
+        self._swaps: list[Swap] = []
         self._growths: list[Growth] = []
         self._trained_before = [(p, p.requires_grad) for p in model.parameters()]
-        self._modules = base_view(model)
-        self._owners = Counter(
-            id(child) for m in self._modules.values() for child in m._modules.values()
-        )
-        self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-        try:
+        with self._rebuilt():
+            self._modules = base_view(model)
+            self._owners = Counter(
+                id(child) for m in self._modules.values() for child in m._modules.values()
+            )
+            self._users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
             self._resolve_heads()
             self._resolve()
             self._plan_layers()
             self._plan_copies()
+
+    @contextlib.contextmanager
+    def _rebuilt(self) -> Iterator[None]:
+        """The model as it is planned for: what ``_rebuild`` says is done within."""
+        rebuilt = self._rebuild()
+        self._swaps += rebuilt
+        try:
+            for swap in rebuilt:
+                setattr(swap.owner, swap.attribute, swap.new)
+            yield
         finally:
+            for swap in reversed(rebuilt):
+                setattr(swap.owner, swap.attribute, swap.old)
             self._restore_trained()  # layers freeze the weights they share: not before apply()
 
     # What a method says.
+
+    def _rebuild(self) -> list[Swap]:
+        """Changes of the model itself, before any layer goes in."""
+        return []
 
     def _resolve(self) -> None:
         """Write what the model decides into the configuration: default targets, say."""
@@ -198,11 +216,11 @@ class Injection(Generic[Config]):
 
     def _swap_child(self, name: str, new: nn.Module) -> None:
         parent, child = self._parent(name), name.rpartition(".")[2]
-        self._swaps.append(_Swap(parent, child, self._modules[name], new))
+        self._swaps.append(Swap(parent, child, self._modules[name], new))
 
     def _set(self, owner: nn.Module, attribute: str, value: Any) -> None:
         """Plan another value for an attribute that is no adapter."""
-        self._swaps.append(_Swap(owner, attribute, getattr(owner, attribute), value))
+        self._swaps.append(Swap(owner, attribute, getattr(owner, attribute), value))
 
     # The modules trained whole.
 

@@ -18,6 +18,7 @@ from ..layers import (
     LoRAParameter,
     LoRAWrapper,
     QLoRALinear,
+    TiedLoRALinear,
     TiedTokens,
     TrainableTokens,
 )
@@ -35,7 +36,9 @@ from ..methods.matching import (
     unmatched_patterns,
 )
 from ..quant import NF4Tensor
+from .inject import Swap
 from .inject_parts import PartsInjection
+from .replication import check_replication, replicated
 
 # What takes a module's place: the layer of the first line that fits.
 _LAYERS: tuple[tuple[Callable[[Any], bool], Callable[..., LoRALayer]], ...] = (
@@ -49,6 +52,14 @@ _LAYERS: tuple[tuple[Callable[[Any], bool], Callable[..., LoRALayer]], ...] = (
 class LoraInjection(PartsInjection):
     """Low-rank updates at linear modules, and the base in 4 bits where the configuration says so."""
 
+    def _rebuild(self) -> list[Swap]:
+        wanted = self.config.layer_replication
+        if self._active is not None:
+            check_replication(self.model, wanted)
+            return []
+        changes = replicated(self.model, wanted) if wanted else []
+        return [Swap(owner, name, getattr(owner, name), new) for owner, name, new in changes]
+
     def _resolve(self) -> None:
         config, model = self.config, self.model
         if self._active is not None and config.quantize:
@@ -59,11 +70,13 @@ class LoraInjection(PartsInjection):
             isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
         )
         if config.target_modules is None and config.target_parameters:
+            self._resolve_ties()
             return
         config.target_modules = targets = resolve_targets(config, model)
         if all_linear and isinstance(targets, list):
             self._drop_attention_outputs(targets)
             config.target_modules = shortest_names(targets, self._modules)
+        self._resolve_ties()
 
     def _drop_attention_outputs(self, targets: list[str]) -> None:
         inside = [name for name in targets if isinstance(self._parent(name), nn.MultiheadAttention)]
@@ -80,7 +93,8 @@ class LoraInjection(PartsInjection):
         parameters = self._target_parameters()
         only_parameters = parameters and not self.config.target_modules
         names = [] if only_parameters else super()._targets()
-        adapted = [*names, *parameters]
+        names = [name for name in names if name not in self._tied_targets]
+        adapted = [*names, *self._tied_targets, *parameters]
         for field in ("rank_pattern", "alpha_pattern"):
             unused = unmatched_patterns(getattr(self.config, field), adapted)
             if unused:
@@ -99,6 +113,7 @@ class LoraInjection(PartsInjection):
         self._correct_fan_in_fan_out()
         self._warn_of_shared()
         self._plan_parameters()
+        self._plan_ties()
         self._plan_tokens()
         adapted = {id(swap.old) for swap in self._swaps}
         for name in sorted(self._quantized):
@@ -126,7 +141,7 @@ class LoraInjection(PartsInjection):
             for swap in self._swaps
             if self._users[id(getattr(swap.old, "weight", None))] > 1
         ]
-        if shared:
+        if shared and not self._tied_targets and not self.config.layer_replication:
             warnings.warn(
                 f"target_modules: {sorted(set(shared))} share their weight with another module (tied weights), which gets no "
                 "part of the update; merging will give them a weight of their own",
@@ -179,7 +194,7 @@ class LoraInjection(PartsInjection):
             "lora_bias": config.lora_bias,
         }
 
-    def _layer(self, name: str, module: nn.Module) -> LoRALayer:
+    def _check_split(self, name: str, module: nn.Module) -> None:
         config = self.config
         if (
             changes_base_weight(config.init_lora_weights)
@@ -191,7 +206,10 @@ class LoraInjection(PartsInjection):
                 f"{name!r}, which another module shares (tied weights); exclude it, or use "
                 "init_lora_weights=True"
             )
-        weight = getattr(module, "weight", None)
+
+    def _layer(self, name: str, module: nn.Module) -> LoRALayer:
+        self._check_split(name, module)
+        config, weight = self.config, getattr(module, "weight", None)
         settings = {**self._settings(name, weight), "adapter_name": self.adapter_name}
         if name in self._quantized:
             if config.init_lora_weights == "loftq":
@@ -211,6 +229,11 @@ class LoraInjection(PartsInjection):
             raise ValueError(
                 f"init_lora_weights: {init!r} would change the base weight under the adapters {layer.adapters}; use "
                 "it for the first adapter, and True here"
+            )
+        if isinstance(layer, TiedLoRALinear):
+            raise ValueError(
+                f"it shares the adapters {layer.adapters} of the input embeddings (ensure_weight_tying), and can have no other; "
+                "set ensure_weight_tying here too"
             )
         super()._plan_growth(name, layer)
 

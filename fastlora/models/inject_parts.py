@@ -1,24 +1,47 @@
-"""LoRA's adapters on parts of modules: single Parameters (``target_parameters``) and rows (``trainable_token_indices``)."""
+"""LoRA's adapters on parts of modules: single Parameters (``target_parameters``) and rows (``trainable_token_indices``); and on
+modules that share their weight (``ensure_weight_tying``)."""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..layers import AdapterLayer, LoRAParameter, TrainableTokens
+from ..layers import (
+    AdapterLayer,
+    LoRAEmbedding,
+    LoRAParameter,
+    TiedLoRALinear,
+    TrainableCopy,
+    TrainableTokens,
+)
 from ..layers.parameter import parameter_problem
+from ..layers.plain import is_plain_linear
 from ..layers.tokens import tokens_problem
 from ..methods import LoraConfig
 from .inject import Growth, Injection, naming
 
+# Names by which PEFT knows that a model's ends are meant.
+_ENDS = ("embed_tokens", "lm_head")
+
 
 class PartsInjection(Injection[LoraConfig]):
-    """What ``target_parameters`` and ``trainable_token_indices`` change."""
+    """What ``target_parameters``, ``trainable_token_indices`` and ``ensure_weight_tying`` change."""
+
+    # Modules over the weight of the input embeddings that share the adapter, or the trained copy, of those.
+    _tied_targets: list[str]
+    _tied_copies: list[str]
 
     def _settings(self, name: str, weight: Any) -> dict[str, Any]:
         """Of the adapter called ``name`` in patterns, as ``LoRALayer.add_adapter`` takes them."""
+        raise NotImplementedError
+
+    def _check_split(self, name: str, module: nn.Module) -> None:
+        """ValueError if the initialisation would change a weight that another module shares."""
         raise NotImplementedError
 
     def _is_replaced(self, module: nn.Module) -> bool:
@@ -30,6 +53,109 @@ class PartsInjection(Injection[LoraConfig]):
         wanted = self.config.modules_to_save or []
         around = [name, *(n for n in self._modules if n and name.startswith(f"{n}."))]
         return any(n.endswith(part) for n in around for part in wanted)
+
+    # Modules that share their weight.
+
+    def _resolve_ties(self) -> None:
+        """What ``ensure_weight_tying`` ties. As in PEFT, one end that is named stands for both, and goes into the file as the
+        input embeddings' whole name."""
+        self._tied_targets, self._tied_copies = [], []
+        config = self.config
+        if not config.ensure_weight_tying:
+            return
+        first = self._input_embeddings()
+        tied = self._sharing(first) if first in self._modules else []
+        if not tied:
+            warnings.warn(
+                "ensure_weight_tying: no other module has the weight of the input embeddings; nothing is tied",
+                stacklevel=7,
+            )
+        elif any(name.rpartition(".")[2] in _ENDS for name in config.modules_to_save or []):
+            config.modules_to_save = _first_alone(config.modules_to_save or [], first, tied)
+            self._tied_copies = tied
+        elif isinstance(config.target_modules, str):
+            if any(re.fullmatch(config.target_modules, name) for name in _ENDS):
+                config.target_modules = rf"(?:{config.target_modules}|^{re.escape(first)}$)"
+                self._tied_targets = tied
+        elif any(name.rpartition(".")[2] in _ENDS for name in config.target_modules or []):
+            config.target_modules = _first_alone(list(config.target_modules or []), first, tied)
+            self._tied_targets = tied
+        if tied and not (self._tied_targets or self._tied_copies or config.trainable_token_indices):
+            warnings.warn(
+                f"ensure_weight_tying: neither of {', '.join(_ENDS)} is in target_modules or modules_to_save; nothing is tied",
+                stacklevel=7,
+            )
+
+    def _plan_ties(self) -> None:
+        """The adapter of the input embeddings for the modules over the same weight too.
+
+        Raises:
+            ValueError: a module that is no plain nn.Linear, or is not tied for the adapters that there are.
+        """
+        for name in self._tied_targets:
+            module, source = self._modules[name], self._layer_of(self._input_embeddings())
+            settings = self._settings(name, getattr(module, "weight", None))
+            with naming(name):
+                self._check_split(name, module)
+                if isinstance(module, TiedLoRALinear):
+                    module.check_change("add_adapter")
+                    self._growths.append(Growth(module, self._another_tied(module, settings)))
+                    continue
+                if (
+                    not is_plain_linear(module)
+                    or self._is_copied(name)
+                    or self._is_replaced(module)
+                ):
+                    raise ValueError(
+                        f"ensure_weight_tying: it has the weight of the input embeddings, and is a {type(module).__name__}; "
+                        "accepted is a plain nn.Linear without other adapters. Leave ensure_weight_tying False, or start from "
+                        "the base model"
+                    )
+                if not isinstance(source, LoRAEmbedding) or source.adapters != [self.adapter_name]:
+                    raise ValueError(
+                        "ensure_weight_tying: the input embeddings have adapters that it is not tied to; start from the base model"
+                    )
+                assert isinstance(module, nn.Linear)
+                layer = TiedLoRALinear(module, source, self.adapter_name, **settings)
+                self._swap_child(name, layer)
+
+    def _another_tied(self, layer: TiedLoRALinear, settings: dict[str, Any]) -> Callable[[], None]:
+        return lambda: layer.add_adapter(self.adapter_name, **settings)
+
+    def _layer_of(self, name: str) -> nn.Module:
+        """What is at ``name`` once the changes are made."""
+        module = self._modules[name]
+        return next((swap.new for swap in self._swaps if swap.old is module), module)
+
+    def _plan_copies(self) -> None:
+        super()._plan_copies()
+        copies = (growth.layer for growth in self._growths)
+        if any(isinstance(layer, TrainableCopy) and layer.source[0] for layer in copies):
+            raise ValueError(
+                "modules_to_save: the output layer shares the copies of the input embeddings (ensure_weight_tying), and can have "
+                "no other; set ensure_weight_tying here too"
+            )
+        for name in self._tied_copies:
+            module, source = self._modules[name], self._layer_of(self._input_embeddings())
+            with naming(name):
+                if isinstance(module, TrainableCopy) and module.source[0] is source:
+                    self._growths.append(Growth(module, self._another_copy(module)))
+                    continue
+                if isinstance(module, AdapterLayer) or self._is_replaced(module):
+                    raise ValueError(
+                        "ensure_weight_tying: it has other adapters, and cannot share the copy of the input embeddings; start "
+                        "from the base model"
+                    )
+                assert isinstance(source, TrainableCopy)
+                if source.adapters != [self.adapter_name]:
+                    raise ValueError(
+                        "ensure_weight_tying: the input embeddings have copies that it does not share; start from the base model"
+                    )
+                self._swap_child(name, TrainableCopy(module, self.adapter_name, source))
+
+    def _warn_if_tied(self, name: str, module: nn.Module) -> None:
+        if not self._tied_copies:
+            super()._warn_if_tied(name, module)
 
     # Parameters.
 
@@ -142,6 +268,11 @@ class PartsInjection(Injection[LoraConfig]):
             rows.update(dict.fromkeys(names, indices))
         tied = self._sharing(first) if first in rows else []
         if any(rows.get(name, rows[first]) != rows[first] for name in tied):
+            if self.config.ensure_weight_tying:
+                raise ValueError(
+                    f"trainable_token_indices: gives {[first, *tied]}, which share their weight, different rows; accepted with "
+                    "ensure_weight_tying are the same"
+                )
             tied = []
         for name in tied:
             rows.pop(name, None)
@@ -157,12 +288,13 @@ class PartsInjection(Injection[LoraConfig]):
         return next(names, "embed_tokens")
 
     def _sharing(self, first: str) -> list[str]:
-        weight = getattr(self._modules[first], "weight", None)
+        """The names of the other modules over the weight of the module ``first``."""
+        weight = _weight(self._modules[first])
         return [
             name
             for name, module in self._modules.items()
-            if name != first and isinstance(weight, torch.Tensor) and getattr(module, "weight", None) is weight
-        ]  # fmt: skip
+            if name != first and weight is not None and _weight(module) is weight
+        ]
 
     def _plan_rows(self, name: str, indices: list[int], tied: list[str]) -> None:
         module = self._modules[name]
@@ -201,3 +333,19 @@ class PartsInjection(Injection[LoraConfig]):
         problem = problem or tokens_problem(module)
         if problem:
             raise ValueError(f"trainable_token_indices: {problem}")
+
+
+def _weight(module: nn.Module) -> torch.Tensor | None:
+    """A module's weight, of one with trained copies that of the original."""
+    weight = getattr(getattr(module, "original_module", module), "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _first_alone(names: list[str], first: str, tied: list[str]) -> list[str]:
+    """``names`` with the input embeddings, and without what names the modules tied to them."""
+    kept = [*names, *([first] if first not in names else [])]
+    for other in tied:
+        found = (name for name in kept if re.match(rf"(^|.*\.){name}($|\..*)", other))
+        if (name := next(found, None)) is not None:
+            kept.remove(name)
+    return kept

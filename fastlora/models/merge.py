@@ -122,6 +122,10 @@ def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     if were_tied and not _ends_are_tied(model):
+        first, last = _ends(model)
+        if first.weight.shape == last.weight.shape and torch.equal(first.weight, last.weight):
+            last.weight = first.weight  # both got one update: ensure_weight_tying
+            return
         # Or the next tie_weights(), which from_pretrained calls too, would drop the update.
         config: Any = getattr(model, "config", None)
         for part in filter(None, (config, getattr(config, "text_config", None))):
@@ -191,7 +195,7 @@ def _warn_of_ties(model: nn.Module, merged: list[str], what: str) -> None:
         others = [other for other, module in found.items() if module not in own]
         if others:
             warnings.warn(
-                f"merging gives {name!r} a weight of its own, which it shared with {others[0]!r}: that one has no update. "
+                f"merging gives {name!r} a weight of its own, which it shared with {others[0]!r}: that one gets no part of its update. "
                 f"They must not be tied again; {what}",
                 stacklevel=4,
             )
@@ -200,10 +204,14 @@ def _warn_of_ties(model: nn.Module, merged: list[str], what: str) -> None:
 def _ends_are_tied(model: Any) -> bool:
     """Whether a transformers model's output layer has the weight of its input embeddings."""
     try:
-        first, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        first, last = _ends(model)
+        return first.weight is last.weight
     except (AttributeError, NotImplementedError):
         return False  # no such ends: a plain torch model, or one without text
-    return first is last
+
+
+def _ends(model: Any) -> tuple[Any, Any]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def _warn(reports: list[MergeReport], dequantize: bool | torch.dtype) -> None:

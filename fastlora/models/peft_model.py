@@ -239,13 +239,18 @@ class PeftModel(Adapters, _Delegate):
                 )
 
     def load_adapter(
-        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Read an adapter, a new one or other values for one that is there; see ``fastlora.load_adapter``. As in PEFT, a
         load that is not for training puts the model into eval mode and leaves what requires grad as it is."""
         from ..io.adapter import load_adapter
 
-        load_adapter(self, model_id, adapter_name, is_trainable=True if is_trainable else None)
+        trainable = True if is_trainable else None
+        load_adapter(self, model_id, adapter_name, trainable, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
 
@@ -256,8 +261,9 @@ class PeftModel(Adapters, _Delegate):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> PeftModel:
         """``model`` with the adapter in the folder ``model_id``; see ``fastlora.load_adapter``."""
         from ..io.adapter import load_adapter
 
-        return load_adapter(model, model_id, adapter_name, is_trainable=is_trainable)
+        return load_adapter(model, model_id, adapter_name, is_trainable, autocast_adapter_dtype)

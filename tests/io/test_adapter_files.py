@@ -114,9 +114,9 @@ def theirs(case: str) -> tuple[Any, Any]:
     return model.eval(), build
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stock_peft_reads_ours_with_identical_outputs(case: str, tmp_path: Path) -> None:
-    model, build = ours(case)
+def test_stock_peft_reads_ours_without_a_warning(tmp_path: Path) -> None:
+    """What it reads and computes of every configuration is tests/interop's."""
+    model, build = ours("llama")
     fastlora.save_adapter(model, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -131,50 +131,14 @@ def test_stock_peft_reads_ours_with_identical_outputs(case: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_we_read_stock_pefts_with_identical_outputs(case: str, tmp_path: Path) -> None:
-    stock, build = theirs(case)
-    stock.save_pretrained(tmp_path)
-    model = fastlora.load_adapter(build(), tmp_path)
-    assert isinstance(model, fastlora.PeftModel)
-    assert not model.training
-    assert model.trainable_record() == []
-    torch.testing.assert_close(
-        logits(model, some_ids()), logits(stock, some_ids()), atol=2e-6, rtol=2e-6
-    )
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_keys_shapes_and_dtypes_are_pefts(case: str, tmp_path: Path) -> None:
-    ours(case)[0].save_pretrained(tmp_path / "ours")
-    theirs(case)[0].save_pretrained(tmp_path / "theirs")
-    left = load_file(tmp_path / "ours" / WEIGHTS)
-    right = load_file(tmp_path / "theirs" / WEIGHTS)
-    if CASES[case][1].get("bias") == "all":
-        # With bias="all" PEFT writes the biases of a saved module twice more, under names nothing
-        # reads.
-        odd = (".modules_to_save.bias", ".original_module.bias")
-        right = {key: value for key, value in right.items() if not key.endswith(odd)}
-    if case == "llama lm_head":  # PEFT adds the frozen base weight of an adapted output layer
-        right.pop("base_model.model.lm_head.base_layer.weight")
-    assert {k: (v.shape, v.dtype) for k, v in left.items()} == {
-        k: (v.shape, v.dtype) for k, v in right.items()
-    }
-    with safe_open(tmp_path / "ours" / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-    ours_config = json.loads((tmp_path / "ours" / CONFIG).read_text())
-    theirs_config = json.loads((tmp_path / "theirs" / CONFIG).read_text())
-    for key in ours_config:
-        if key != "target_modules":
-            assert ours_config[key] == theirs_config[key], key
-
-
-@pytest.mark.parametrize("case", CASES)
 def test_round_trip_is_exact(case: str, tmp_path: Path) -> None:
     model, build = ours(case)
     fastlora.save_adapter(model, tmp_path)
     again = fastlora.load_adapter(build(), tmp_path, is_trainable=True)
     assert again.trainable_record() == model.trainable_record()
     fastlora.save_adapter(again, tmp_path / "again")
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
     first, second = load_file(tmp_path / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -52,17 +52,23 @@ def layer_over(embedding: nn.Embedding, dtype: Any = torch.float64, **settings: 
 def formula(layer: LoRAEmbedding, ids: Tensor, scale: float = 1.0) -> Tensor:
     a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     one_hot = F.one_hot(ids, V).to(layer.weight.dtype)
-    return scale * (one_hot @ layer.weight + (one_hot @ a.t() @ b.t()) * 1.5)
+    y = scale * (one_hot @ layer.weight + (one_hot @ a.t() @ b.t()) * 1.5)
+    if "default" not in layer.lora_magnitude_vector:
+        return y
+    norm = torch.linalg.vector_norm(layer.weight + (a.t() @ b.t()) * 1.5, dim=0).detach()
+    return y * (layer.lora_magnitude_vector["default"] / norm)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0), (3, 4), (2, 3, 2)])
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32])
-def test_forward_and_gradients(shape: tuple[int, ...], integer: torch.dtype) -> None:
-    layer = layer_over(nn.Embedding(V, D))
+@pytest.mark.parametrize("dora", [False, True])
+def test_forward_and_gradients(shape: tuple[int, ...], integer: torch.dtype, dora: bool) -> None:
+    layer = layer_over(nn.Embedding(V, D), use_dora=dora)
     ids = torch.randint(V, shape)
     got, expected = layer(ids.to(integer)), formula(layer, ids)
     torch.testing.assert_close(got, expected)
-    parameters = [layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]]
+    parameters = layer.adapter_parameters("default")
+    assert len(parameters) == 2 + dora
     seed = torch.randn_like(got)
     mine, other = (torch.autograd.grad(y, parameters, seed) for y in (got, expected))
     torch.testing.assert_close(mine, other)
@@ -131,8 +137,9 @@ def test_what_is_no_plain_embedding_is_refused_and_left_alone() -> None:
             LoRAEmbedding(bad, r=2)
         assert all(p.requires_grad for p in bad.parameters())
     embedding = nn.Embedding(V, D)
-    with pytest.raises(ValueError, match="r: got 0"):
-        LoRAEmbedding(embedding, r=0)
+    for settings, message in (({"r": 0}, "r: got 0"), ({"lora_bias": True}, "lora_bias: got True")):
+        with pytest.raises(ValueError, match=message):
+            LoRAEmbedding(embedding, **settings)
     assert embedding.weight.requires_grad
 
 
@@ -157,13 +164,20 @@ def test_hooks_of_the_embedding_go_on() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging(dtype: torch.dtype) -> None:
-    layer = layer_over(nn.Embedding(3000, D), dtype)  # more than one block of rows
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging(dtype: torch.dtype, dora: bool) -> None:
+    layer = layer_over(nn.Embedding(3000, D), dtype, use_dora=dora)  # more than one block of rows
     before = layer.weight.clone()
     a, b = layer.lora_embedding_A["default"].double(), layer.lora_embedding_B["default"].double()
     exact = before.double() + 1.5 * (b @ a).t()
+    if dora:
+        magnitude = layer.lora_magnitude_vector["default"].double()
+        exact = exact * (magnitude / torch.linalg.vector_norm(exact, dim=0))
     made = layer.merge()
-    assert torch.equal(layer.weight, exact.to(torch.float32).to(dtype))
+    torch.testing.assert_close(
+        layer.weight, exact.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-7
+    )
+    assert dora or torch.equal(layer.weight, exact.to(torch.float32).to(dtype))
     assert made.error < (1e-6 if dtype == torch.float32 else 3e-3)
     assert not layer(torch.tensor([4])).requires_grad
     layer.unmerge()

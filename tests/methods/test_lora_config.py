@@ -74,7 +74,8 @@ def test_bad_values_name_the_field(settings: dict[str, object], error: type[Exce
 @pytest.mark.parametrize("field", sorted(LoraConfig.unsupported))
 def test_features_of_peft_that_are_not_there_point_to_accelerate(field: str) -> None:
     value = True if LoraConfig.unsupported[field] is False else {"some": "setting"}
-    with pytest.raises(NotImplementedError, match=rf"{field}.*fastlora\.accelerate"):
+    why = LoraConfig.reasons[field]
+    with pytest.raises(NotImplementedError, match=rf"{field}.*{why}.*fastlora\.accelerate"):
         LoraConfig(**{field: value})
 
 
@@ -113,6 +114,15 @@ def test_json_is_sorted_indented_and_has_the_values(tmp_path: Path) -> None:
     assert values["peft_type"] == "LORA"
     assert values["use_dora"] is False
     assert "quantize" not in values
+
+
+def test_patterns_keep_their_order(tmp_path: Path) -> None:
+    """The first that matches wins, so that a file in which they were sorted would mean something else."""
+    patterns = {"q_proj": 3, ".*": 21, "a.*": 5}
+    LoraConfig(rank_pattern=patterns, alpha_pattern=patterns).save_pretrained(tmp_path)
+    for read in (LoraConfig.from_pretrained(tmp_path), peft.LoraConfig.from_pretrained(tmp_path)):
+        assert list(read.rank_pattern.items()) == list(patterns.items())
+        assert list(read.alpha_pattern.items()) == list(patterns.items())
 
 
 def test_stock_peft_reads_our_file(tmp_path: Path) -> None:
@@ -203,8 +213,16 @@ def test_parts_of_modules_go_through_pefts_file(given: Any, tmp_path: Path) -> N
         ({"trainable_token_indices": {"a": [1]}, "modules_to_save": ["a"]}, ValueError, "as well"),
         ({"target_parameters": "experts.up"}, TypeError, "list of module names"),
         ({"target_parameters": ["experts.up"], "lora_dropout": 0.1}, ValueError, "lora_dropout"),
-        ({"layer_replication": [[0, 1]]}, NotImplementedError, "layer_replication"),
-        ({"ensure_weight_tying": True}, NotImplementedError, "ensure_weight_tying"),
+        ({"layer_replication": []}, ValueError, "start below end"),
+        ({"layer_replication": [[0, 2, 4]]}, ValueError, "start below end"),
+        ({"layer_replication": [[2, 1]]}, ValueError, "start below end"),
+        ({"layer_replication": [[-1, 1]]}, ValueError, "different indices"),
+        ({"layer_replication": [["0", 1]]}, TypeError, "integers"),
+        ({"layer_replication": [3]}, TypeError, "list of indices"),
+        ({"layer_replication": 3}, TypeError, "start, end"),
+        ({"layer_replication": [[0, 1]], "bias": "all"}, ValueError, "bias: got 'all'"),
+        ({"layer_replication": [[0, 1]], "quantize": "nf4"}, ValueError, "quantize: got 'nf4'"),
+        ({"ensure_weight_tying": 1}, TypeError, "ensure_weight_tying"),
     ],
 )
 def test_bad_parts_of_modules_are_refused(

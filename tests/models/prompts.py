@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.tiny_models import some_ids
-from tests.tiny_zoo import TASKS
+from tests import tiny_zoo
+from tests.tiny_zoo import TASKS, tensors
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("PromptTuningConfig", {}),
@@ -39,25 +39,7 @@ def build(library: Any, method: str, name: str = "llama", **changes: Any) -> Any
 
 
 def inputs(name: str, padding: str | None = None) -> dict[str, Tensor]:
-    task, ids = TASKS[name][0], some_ids()
-    mask = torch.ones_like(ids)
-    if padding is not None:
-        mask[1, slice(-3, None) if padding == "right" else slice(3)] = 0
-    labels = {
-        "CAUSAL_LM": {"labels": ids},
-        "SEQ_2_SEQ_LM": {"labels": some_ids(seed=8, length=5)},
-        "SEQ_CLS": {"labels": torch.tensor([0, 2])},
-        "QUESTION_ANS": {
-            "start_positions": torch.tensor([1, 2]),
-            "end_positions": torch.tensor([4, 3]),
-        },
-    }
-    found = {"input_ids": ids * mask, **labels.get(task, {})}
-    return found if padding is None else {**found, "attention_mask": mask}
-
-
-def tensors(output: Any) -> dict[str, Tensor]:
-    return {key: value for key, value in output.items() if isinstance(value, Tensor)}
+    return tiny_zoo.inputs(TASKS[name][0], padding)
 
 
 def assert_same(got: Any, want: Any) -> None:

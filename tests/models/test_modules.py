@@ -1,4 +1,4 @@
-"""LoRA on what is no nn.Linear, in whole models: everything as stock peft has it, and the life of such adapters."""
+"""LoRA on what is no nn.Linear, in whole models: merging, and the life of such adapters. Beside stock peft: tests/interop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import peft
@@ -19,7 +19,6 @@ from fastlora import LoraConfig
 from fastlora.io.adapter import _entries
 from fastlora.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, LoRAParameter, TrainableTokens
 from tests.tiny_models import (
-    VOCABULARY,
     assert_unchanged,
     logits,
     plain_net,
@@ -27,66 +26,24 @@ from tests.tiny_models import (
     some_ids,
     tiny_llama,
 )
+from tests.tiny_zoo import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+gpt2 = partial(tiny, "gpt2", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+mixtral, qwen2_moe, llama4, gemma3 = (
+    partial(tiny, kind) for kind in ("mixtral", "qwen2_moe", "llama4", "gemma3")
+)
 
 
-def build(name: str, **changes: Any) -> Any:
-    """A tiny random model of transformers', with biases that are not zero."""
-    import transformers
-
-    kind = getattr(transformers, f"{name}ForCausalLM")
-    settings = kind.config_class(**{**COMMON, **changes})
-    torch.manual_seed(0)
-    model = kind(settings).eval()
+def gpt_oss() -> Any:
+    """With biases that are not zero."""
+    model = tiny("gpt_oss")
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("_bias"):
                 parameter.normal_(std=0.1)
     return model
-
-
-def gpt2() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    small = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**small, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
-
-
-def mixtral() -> Any:
-    return build("Mixtral", num_local_experts=4, num_experts_per_tok=2)
-
-
-def qwen2_moe() -> Any:
-    sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
-    return build("Qwen2Moe", num_experts=4, num_experts_per_tok=2, **sizes)
-
-
-def gpt_oss() -> Any:
-    return build("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=8)
-
-
-def llama4() -> Any:
-    settings = {"intermediate_size_mlp": 48, "head_dim": 8, "interleave_moe_layer_step": 1}
-    return build("Llama4", num_local_experts=4, num_experts_per_tok=1, **settings)
-
-
-def gemma3() -> Any:
-    return build("Gemma3", head_dim=8, layer_types=["full_attention"] * 2)
 
 
 def tied_llama() -> Any:
@@ -166,58 +123,6 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 @EVERY
-def test_adapters_begin_as_pefts(case: str) -> None:
-    ours, theirs = ours_of(case), theirs_of(case)
-    mine, other = state_of(ours), state_of(theirs)
-    assert mine.keys() == other.keys()
-    for key, value in other.items():
-        assert mine[key].dtype == value.dtype
-        if "pissa" in case:  # a singular vector has two signs
-            torch.testing.assert_close(mine[key].abs(), value.abs(), rtol=1e-3, atol=1e-4)
-        else:
-            assert torch.equal(mine[key], value), key
-    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-    kept, told = ours.peft_config["default"].to_dict(), theirs.peft_config["default"].to_dict()
-    for field in kept.keys() & told.keys() - {"peft_type"}:
-        mine_, other_ = kept[field], told[field]
-        if field in ("target_modules", "target_parameters") and not isinstance(other_, str):
-            mine_, other_ = sorted(mine_ or []), sorted(other_ or [])
-        assert mine_ == other_, field
-
-
-@EVERY
-def test_outputs_and_gradients_are_pefts(case: str) -> None:
-    ours, theirs = ours_of(case), theirs_of(case)
-    base = logits(settings_of(case)[0](), some_ids())
-    fill(ours)
-    fill(theirs)
-    expected = logits(theirs, some_ids())
-    assert (expected - base).abs().max() > 1e-3
-    torch.testing.assert_close(logits(ours, some_ids()), expected)
-    mine, other = gradients(ours), gradients(theirs)
-    assert any(value.abs().max() > 1e-6 for value in other.values())
-    for key, value in other.items():
-        torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-6)
-
-
-@EVERY
-def test_files_go_both_ways(case: str, tmp_path: Path) -> None:
-    make = settings_of(case)[0]
-    if "pissa" in case:
-        pytest.skip("peft's file is for its own residual base")
-    ours, theirs = ours_of(case), theirs_of(case)
-    fill(ours)
-    fill(theirs)
-    expected = logits(theirs, some_ids())
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    read = fastlora.PeftModel.from_pretrained(make(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(read, some_ids()), expected)
-    read = peft.PeftModel.from_pretrained(make(), tmp_path / "ours")
-    torch.testing.assert_close(logits(read, some_ids()), expected)
-
-
-@EVERY
 def test_merging(case: str) -> None:
     make = settings_of(case)[0]
     ours = ours_of(case)
@@ -238,22 +143,6 @@ def test_merging(case: str) -> None:
     assert [type(m) for m in plain.modules()] == [type(m) for m in make().modules()]
     assert plain.state_dict().keys() == make().state_dict().keys()
     assert all(p.is_contiguous() for p in plain.parameters())
-
-
-@SOME
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_base(case: str, dtype: torch.dtype) -> None:
-    """As near to the fp32 model as peft is, within a factor of two."""
-    make, given = settings_of(case)
-    ours = fastlora.get_peft_model(make().to(dtype), LoraConfig(**given))
-    theirs = peft.get_peft_model(make().to(dtype), peft.LoraConfig(**given))
-    exact = peft.get_peft_model(make().to(dtype).float(), peft.LoraConfig(**given))
-    for model in (ours, theirs, exact):
-        fill(model)
-    assert {t.dtype for t in state_of(ours).values()} == {torch.float32}
-    mine, other, truth = (logits(m, some_ids()).float() for m in (ours, theirs, exact))
-    assert mine.dtype == torch.float32
-    assert (mine - truth).norm() <= 2 * (other - truth).norm() + 1e-6
 
 
 @SOME

@@ -1,18 +1,14 @@
-"""(IA)^3 and LN tuning in whole models, beside stock peft: outputs, gradients, files, the life of an adapter."""
+"""(IA)^3 and LN tuning in whole models: merging, the life of an adapter. Beside stock peft: tests/interop."""
 
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import warnings
-from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import fastlora
 from fastlora import QLoRALinear
@@ -29,27 +25,10 @@ from tests.tiny_models import (
 from tests.tiny_zoo import run, tiny
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LLAMA_MLP = {"target_modules": ["q_proj", "gate_proj"], "feedforward_modules": []}
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{f"ia3 {kind}": ("IA3", kind, {}) for kind in ("llama", "gpt2", "bert", "opt", "bloom")},
-    **{f"ia3 {kind}": ("IA3", kind, {}) for kind in ("gpt_neox", "roberta", "t5", "qwen2")},
-    "ia3 no feedforward": ("IA3", "llama", LLAMA_MLP),
-    "ia3 regex": (
-        "IA3",
-        "llama",
-        {"target_modules": r".*(k_proj|down_proj)", "feedforward_modules": r".*\.1\..*down_proj"},
-    ),
-    "ia3 excluded": ("IA3", "llama", {"exclude_modules": r".*\.0\..*"}),
-    "ia3 saved": ("IA3", "llama", {"modules_to_save": ["lm_head"]}),
-    "ia3 all-linear": (
-        "IA3",
-        "llama",
-        {"target_modules": "all-linear", "feedforward_modules": ["down_proj"]},
-    ),
-    "ia3 drawn": ("IA3", "llama", {"init_ia3_weights": False}),
-    **{f"ln {kind}": ("LNTuning", kind, {}) for kind in ("llama", "gpt2", "bloom", "t5", "gemma2")},
-    "ln named": ("LNTuning", "bert", {"target_modules": ["LayerNorm"]}),
-    "ln saved": ("LNTuning", "llama", {"modules_to_save": ["lm_head"], "target_modules": ["norm"]}),
+CASES: dict[str, tuple[str, str]] = {
+    "ia3 llama": ("IA3", "llama"),
+    "ia3 gpt2": ("IA3", "gpt2"),
+    "ln llama": ("LNTuning", "llama"),
 }
 
 
@@ -67,55 +46,18 @@ def bump(model: Any) -> Any:
     return model.eval()
 
 
-def made(library: Any, case: str) -> Any:
-    method, kind, settings = CASES[case]
+def made(case: str) -> Any:
+    method, kind = CASES[case]
     base = tiny(kind)
     torch.manual_seed(11)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return bump(library.get_peft_model(base, getattr(library, f"{method}Config")(**settings)))
+        return bump(fastlora.get_peft_model(base, getattr(fastlora, f"{method}Config")()))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stock_peft_computes_trains_and_stores_the_same(case: str, tmp_path: Path) -> None:
-    ours, theirs, ids = made(fastlora, case), made(peft, case), some_ids()
-    trained = [n for n, p in in_order(ours) if p.requires_grad]
-    assert trained == [n for n, p in in_order(theirs) if p.requires_grad]
-    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-    _, grads = loss_and_grads(ours, ids)
-    _, expected = loss_and_grads(theirs, ids)
-    assert grads.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(grads[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    mine, other = run(ours, ids).logits, run(theirs, ids).logits
-    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    a, b = (load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs"))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in b)
-    c, d = (json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs"))
-    for part in (c, d):
-        part.pop("peft_version", None)
-        for key, value in part.items():
-            part[key] = sorted(value) if isinstance(value, list) else value
-    if "all-linear" in case:  # the same modules, by the ends of their names
-        ends = {name.rpartition(".")[2] for name in d.pop("target_modules")}
-        assert set(c.pop("target_modules")) == ends
-    assert c == d
-    kind = CASES[case][1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers that it does not know
-        there = peft.PeftModel.from_pretrained(tiny(kind), tmp_path / "ours")
-    here = fastlora.PeftModel.from_pretrained(tiny(kind), tmp_path / "theirs")
-    torch.testing.assert_close(run(there, ids).logits, mine, rtol=1e-5, atol=1e-6)
-    assert torch.equal(run(here, ids).logits, mine)
-
-
-@pytest.mark.parametrize("case", ["ia3 llama", "ia3 gpt2", "ln llama"])
 def test_merging_and_back(case: str) -> None:
-    model, ids = made(fastlora, case), some_ids()
+    model, ids = made(case), some_ids()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     out = run(model, ids).logits
     with model.disable_adapter():
@@ -227,27 +169,6 @@ def test_training_lowers_the_loss_and_leaves_the_base(method: str, autocast: boo
     assert losses[-1] < losses[0] - 0.08
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
-
-
-@pytest.mark.parametrize("method", ["IA3", "LNTuning"])
-def test_a_bf16_base(method: str) -> None:
-    """(IA)^3 keeps fp32 vectors, LN tuning copies of the norm's own dtype: as in peft."""
-    ids = some_ids()
-    ours, theirs = (
-        lib.get_peft_model(tiny_llama(dtype=torch.bfloat16), getattr(lib, f"{method}Config")())
-        for lib in (fastlora, peft)
-    )
-    for a, b in zip(in_order(ours), in_order(theirs)):
-        assert a[0] == b[0] and a[1].dtype == b[1].dtype and torch.equal(a[1], b[1])
-    bump(ours), bump(theirs)
-    assert logits(ours, ids).dtype == torch.bfloat16
-    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=2e-2, atol=2e-2)
-    narrow = fastlora.get_peft_model(
-        tiny_llama(dtype=torch.bfloat16),
-        getattr(fastlora, f"{method}Config")(),
-        autocast_adapter_dtype=False,
-    )
-    assert {p.dtype for p in narrow.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
