@@ -96,6 +96,11 @@ class AdapterLayer(nn.Module):
             f"a {type(self).__name__} cannot be merged: what it computes is no weight of its base"
         )
 
+    def without_adapters(self) -> nn.Module:
+        """What takes the layer's place once its adapters are gone: its base, with nothing merged into it."""
+        base: nn.Module = self.base_layer  # type: ignore[assignment]
+        return base
+
     def check_change(self, what: str) -> None:
         """ValueError if adapters are merged: they cannot be changed then."""
         if self.merged_adapters:

@@ -150,6 +150,13 @@ class MergeableLayer(Mergeable):
         """
         raise NotImplementedError
 
+    def without_adapters(self) -> nn.Module:
+        enabled, self.adapters_enabled = self.adapters_enabled, False
+        try:
+            return self.as_base(self.weight)
+        finally:
+            self.adapters_enabled = enabled
+
     def _on_shelf(self, merged: Tensor | NF4Tensor) -> nn.Module:
         shelf = nn.Module()
         shelf.weight = merged if isinstance(merged, NF4Tensor) else nn.Parameter(merged, False)

@@ -193,5 +193,8 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
         self._hold_weight(weight)
         return self.module
 
+    def without_adapters(self) -> nn.Module:
+        return self.module
+
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"

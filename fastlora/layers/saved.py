@@ -65,5 +65,9 @@ class TrainableCopy(StandIn):
         names = self.acting_adapters()
         return self.modules_to_save[names[0]] if names else self.original_module
 
+    def without_adapters(self) -> nn.Module:
+        """The module that computes now: what was trained whole stays that, as in PEFT."""
+        return self.acting()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.acting()(*args, **kwargs)

@@ -5,18 +5,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..layers import AdapterLayer, LoRALayer
+from ..layers import (
+    AdapterLayer,
+    LoRALayer,
+    LoRAParameter,
+    TiedTokens,
+    TrainableCopy,
+    TrainableTokens,
+)
 from ..layers.adapter import check_adapter_name
 from ..layers.embedding import LoRAEmbedding
 from ..layers.mixed import MixedBatch
 from ..methods import LoraConfig, PeftConfig
 from . import merge
 from .merge import MergeReport
+
+if TYPE_CHECKING:
+    from .status import TunerLayerStatus, TunerModelStatus
 
 
 class Adapters(nn.Module):
@@ -45,6 +55,46 @@ class Adapters(nn.Module):
     def peft_type(self) -> str | None:
         """The method of the adapters, by PEFT's name; None once all are deleted."""
         return next((config.peft_type for config in self._configs.values()), None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active, and not switched off."""
+        return any(
+            layer.adapters_enabled and any(name in layer.adapters for name in layer.active_adapters)
+            for layer in self.adapter_layers()
+        )
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names, in the base model, of the modules that have adapters (as wholes; not ``modules_to_save``)."""
+        return [
+            name
+            for name, layer in self.get_base_model().named_modules()
+            if isinstance(layer, AdapterLayer)
+            and layer.adapters
+            and not isinstance(layer, (LoRAParameter, TrainableCopy, TrainableTokens, TiedTokens))
+        ]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The names of the Parameters that have adapters (``target_parameters``)."""
+        return [
+            f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+            for name, layer in self.get_base_model().named_modules()
+            if isinstance(layer, LoRAParameter) and layer.adapters
+        ]
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of every module with adapters; see ``models/status.py``."""
+        from .status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the whole model; see ``models/status.py``."""
+        from .status import get_model_status
+
+        return get_model_status(self)  # type: ignore[arg-type]
 
     # Which adapters act and train.
 
@@ -158,6 +208,22 @@ class Adapters(nn.Module):
         base = self.get_base_model()
         set_trainable(base, self._configs[names[0]], names, not inference_mode)
         self._active = names
+
+    def set_requires_grad(
+        self, adapter_names: str | Iterable[str], requires_grad: bool = True
+    ) -> None:
+        """Let adapters train, or not; which act stays as it is.
+
+        Raises:
+            ValueError: there is no such adapter. Nothing is changed then.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            self._check_known(name)
+        for layer in self.adapter_layers():
+            for name in names:
+                for parameter in layer.adapter_parameters(name):
+                    parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. If it alone was active, the first that is left becomes active, with a warning as in PEFT;
@@ -411,6 +477,19 @@ class Adapters(nn.Module):
         self._check_active(adapter_names)
         base = self.get_base_model()
         merge.unload(base, dequantize)
+        return base
+
+    def unload(self) -> nn.Module:
+        """The base model as it computes without adapters, and none of fastlora's adapter layers or hooks left in it.
+
+        As in PEFT ``modules_to_save`` and trained biases stay as they were trained. A base in 4 bits stays that.
+
+        Raises:
+            ValueError: adapters are merged, or FSDP holds their Parameters; the model is then as it was.
+        """
+        self.check_parameters("unload")
+        base = self.get_base_model()
+        merge.unload_unmerged(base)
         return base
 
     def _check_active(self, adapter_names: list[str] | None) -> None:

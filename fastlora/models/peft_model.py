@@ -37,6 +37,12 @@ def _checkpoints(model: nn.Module) -> bool:
     return False
 
 
+def _require_input_grads(model: nn.Module) -> None:
+    enable = getattr(model, "enable_input_require_grads", None)
+    if enable is not None:
+        enable()
+
+
 def _beams(model: Any, options: dict[str, Any]) -> int:
     """How many rows ``generate`` makes of each prompt."""
     config = options.get("generation_config") or model.generation_config
@@ -105,6 +111,10 @@ class PeftModel(Adapters, _Delegate):
         model: nn.Module = self.base_model.model
         return model
 
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.get_base_model(), "dtype", None)
+
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's. ``adapter_names``: an adapter for each item of the batch; see ``mixed_batch``.
 
@@ -148,10 +158,12 @@ class PeftModel(Adapters, _Delegate):
         base.activation_checkpointing_enable(*args, **kwargs)
         self._require_input_grads()
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Require gradients of the output of ``model``'s embeddings (PEFT's name for it)."""
+        _require_input_grads(model)
+
     def _require_input_grads(self) -> None:
-        enable = getattr(self.get_base_model(), "enable_input_require_grads", None)
-        if enable is not None:
-            enable()
+        _require_input_grads(self.get_base_model())
 
     # What is trained.
 
