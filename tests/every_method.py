@@ -87,12 +87,13 @@ METHODS: dict[str, Method] = {
     "lora, 4 bits": Method(lambda: _lora(quantize="nf4")),
     "lora, copies": Method(lambda: _lora(modules_to_save=["lm_head", "norm"])),
     "lora, embeddings": Method(lambda: _lora(target_modules=[*_QV, "embed_tokens"])),
-    "lora, rows": Method(lambda: _lora(trainable_token_indices=[3, 7, 11])),
+    "lora, rows": Method(lambda: _lora(trainable_token_indices=[15, 23, 45])),
     "lora, parameters": Method(lambda: _lora(target_modules=_QV, target_parameters=_EXPERTS), _mixtral),
     "lora, conv1d": Method(lambda: _lora(target_modules=["c_attn"], fan_in_fan_out=True), lambda: tiny("gpt2")),
     "lora_bias": Method(lambda: _lora(lora_bias=True), lambda: tiny_llama(attention_bias=True)),
     "dora": Method(lambda: _lora(use_dora=True)),
     "dora, dropout": Method(lambda: _lora(use_dora=True, lora_dropout=0.2)),
+    "dora, 4 bits": Method(lambda: _lora(use_dora=True, quantize="nf4")),
     "pissa": Method(lambda: _lora(init_lora_weights="pissa")),
     "ia3": Method(IA3Config, name="IA3Config"),
     "ln_tuning": Method(LNTuningConfig, name="LNTuningConfig"),
@@ -109,4 +110,5 @@ METHODS: dict[str, Method] = {
 VIRTUAL = ("prompt", "p-mlp", "p-lstm", "prefix", "prefix-mlp")
 PREFIXES = ("prefix", "prefix-mlp")
 BOTTLENECKS = ("houlsby", "pfeiffer", "parallel", "bottleneck")
-IN_PEFT = tuple(name for name in METHODS if name not in (*BOTTLENECKS, "lora, 4 bits"))
+FOUR_BITS = ("lora, 4 bits", "dora, 4 bits")
+IN_PEFT = tuple(name for name in METHODS if name not in (*BOTTLENECKS, *FOUR_BITS))

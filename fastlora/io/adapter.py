@@ -12,6 +12,12 @@ The file's keys have the same prefix; those of prompt learning have base_model. 
 base, and the virtual tokens are prompt_embeddings, without a prefix.
 
 An adapter that is not called "default" lives in a sub-folder of its name.
+
+A folder that training goes on from (transformers' Trainer keeps such) has one file more where that takes one:
+
+    adapter_training.safetensors    virtual tokens that a network makes: <key in the adapter's file>.<parameter>, the network
+                                    and its embeddings, of which the adapter's file has the output alone
+    adapter_model.safetensors       no tensors, where a method's own file has another name: Trainer looks for this one
 """
 
 from __future__ import annotations
@@ -45,7 +51,10 @@ from .subtraction import check_convertible, doubled, subtract
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 RECORD_NAME = "trainable_parameters.json"
+TRAINING_NAME = "adapter_training.safetensors"
 PREFIX = "base_model.model."
+# How far the virtual tokens of a file may be from what the network beside them makes, which another device may have run.
+_SAME_TOKENS = 1e-2
 # What safetensors calls a dtype, in a file's header.
 _SAFETENSORS = {
     torch.float64: "F64",
@@ -64,6 +73,7 @@ def save_adapter(
     adapter_name: str = "default",
     state_dict: Mapping[str, Tensor] | None = None,
     path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+    resumable: bool = False,
 ) -> None:
     """Write an adapter, for stock ``peft.PeftModel.from_pretrained`` or ``load_adapter``.
 
@@ -78,6 +88,8 @@ def save_adapter(
         state_dict: values to write instead of the model's (keys as in ``model.state_dict()``).
         path_initial_model_for_weight_conversion: a PiSSA or OLoRA adapter as it was saved before training: what is written
             is then plain LoRA of twice the rank over the base as it was (see ``io/subtraction.py``).
+        resumable: write as well what training goes on from, where that is more (see above). P-tuning's and prefix tuning's
+            networks may be much larger than what they make.
 
     Raises:
         TypeError: ``model`` is no fastlora.PeftModel.
@@ -107,20 +119,20 @@ def save_adapter(
         initial = find_folder(Path(path_initial_model_for_weight_conversion), adapter_name)
         config, tensors = doubled(lora), subtract(tensors, read_tensors(initial / WEIGHTS_NAME))
     changes = config.file_fields(model.get_base_model(), adapter_name)
+    files = {config.weights_name: tensors}
+    if resumable and config.weights_name != WEIGHTS_NAME:
+        files[WEIGHTS_NAME] = {}
+    behind = _behind(model, entries, state_dict) if resumable else {}
+    if behind:
+        files[TRAINING_NAME] = behind
+    texts = {RECORD_NAME: model.trainable_json(), CONFIG_NAME: config.to_json(**changes)}
     folder.mkdir(parents=True, exist_ok=True)
     _write_together(
-        {
-            folder / config.weights_name: lambda file: save_file(
-                _own_storage(tensors), file, metadata={"format": "pt"}
-            ),
-            folder / RECORD_NAME: lambda file: file.write_text(
-                model.trainable_json(), encoding="utf-8"
-            ),
-            folder / CONFIG_NAME: lambda file: file.write_text(
-                config.to_json(**changes), encoding="utf-8"
-            ),
-        }
+        {folder / name: _tensor_writer(values) for name, values in files.items()}
+        | {folder / name: _text_writer(text) for name, text in texts.items()}
     )
+    if not behind:  # of what was there before
+        (folder / TRAINING_NAME).unlink(missing_ok=True)
 
 
 def adapter_size(model: PeftModel, adapter_name: str = "default") -> int:
@@ -172,30 +184,34 @@ def load_adapter(
     folder = find_folder(Path(path), check_adapter_name(adapter_name))
     config = PeftConfig.from_pretrained(folder)
     tensors = read_tensors(_weights_file(folder, config))
+    training = folder / TRAINING_NAME
+    behind = read_tensors(training) if training.is_file() else {}
     if not isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
-        wrapped = _put_in(plan(model, config, adapter_name), tensors)
+        wrapped = _put_in(plan(model, config, adapter_name), tensors, behind)
         return wrapped if is_trainable else wrapped.eval()
 
     model.check_change("load_adapter")
     if adapter_name in model.peft_config:
         _check_same_method(model, adapter_name, config, folder)
-        _fill(model, adapter_name, tensors)
+        _fill(model, adapter_name, tensors, behind)
     else:
         config.inference_mode = True
-        model.add_loaded(adapter_name, config, lambda: _fill(model, adapter_name, tensors))
+        model.add_loaded(adapter_name, config, lambda: _fill(model, adapter_name, tensors, behind))
     if is_trainable is not None and adapter_name in model.active_adapters:
         own = model.peft_config[adapter_name]
         set_trainable(model.get_base_model(), own, model.active_adapters, is_trainable)
     return model
 
 
-def _put_in(injection: Injection[Any], tensors: dict[str, Tensor]) -> PeftModel:
+def _put_in(
+    injection: Injection[Any], tensors: dict[str, Tensor], behind: dict[str, Tensor]
+) -> PeftModel:
     """The PeftModel around a base model, with the values of a file; the base as it was if they do not fit."""
     injection.apply()
     try:
         wrapped = injection.wrap()
-        _fill(wrapped, injection.adapter_name, tensors)
+        _fill(wrapped, injection.adapter_name, tensors, behind)
     except BaseException:
         injection.undo()
         raise
@@ -218,6 +234,24 @@ def _values(
         if entry.compute is None
         else entry.compute(_below(entry.key, state_dict))
         for key, entry in entries.items()
+    }
+
+
+def _behind(
+    model: PeftModel,
+    entries: Mapping[str, AdapterTensor],
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What the computed values of a file are made from, as TRAINING_NAME has it: the model's tensors, or others'."""
+    return {
+        f"{key}.{name}": value
+        for key, entry in entries.items()
+        if entry.compute is not None
+        for name, value in (
+            model.get_submodule(entry.key.removesuffix(".")).state_dict()
+            if state_dict is None
+            else _below(entry.key, state_dict)
+        ).items()
     }
 
 
@@ -350,8 +384,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    pairs = matching(model, adapter_name, tensors)
+def _fill(
+    model: PeftModel,
+    adapter_name: str,
+    tensors: dict[str, Tensor],
+    behind: Mapping[str, Tensor] = {},
+) -> None:
+    pairs = matching(model, adapter_name, tensors, behind)
     for entry, _ in pairs:
         if is_sharded(entry.tensor):
             raise ValueError(f"{entry.key}: is sharded; load the adapter before fully_shard")
@@ -366,12 +405,18 @@ def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> No
 
 
 def matching(
-    model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]
+    model: PeftModel,
+    adapter_name: str,
+    tensors: dict[str, Tensor],
+    behind: Mapping[str, Tensor] = {},
 ) -> list[tuple[AdapterTensor, Tensor]]:
     """Every tensor of an adapter in ``model``, and its value in a file's ``tensors``; nothing is changed.
 
+    Args:
+        behind: what TRAINING_NAME has beside that file.
+
     Raises:
-        ValueError: keys, shapes or dtypes do not fit.
+        ValueError: keys, shapes or dtypes do not fit; or values that the model computes cannot be told from the files.
     """
     entries = _entries(model, adapter_name)
     own_keys = model.peft_config[adapter_name].own_keys
@@ -381,14 +426,19 @@ def matching(
     }
     tensors = {k: v for k, v in tensors.items() if k in entries or not _is_shadow(k, adapter_name)}
     _check_keys(entries, tensors, model)
+    computed = {key: entry for key, entry in entries.items() if entry.compute is not None}
+    for key, own in _behind(model, computed).items():
+        if key not in behind:
+            raise ValueError(
+                f"{key.partition('.')[0]}: the file holds what a network made, which cannot be told from it, and adapter "
+                f"{adapter_name!r} has that network, which {TRAINING_NAME} would hold: save_adapter(resumable=True) writes "
+                "it. Without, load it frozen under a new name or into a base model, and set_adapter(name) then trains the "
+                "values themselves"
+            )
+        entries[key], tensors[key] = AdapterTensor(key, own), behind[key]
+    entries = {key: entry for key, entry in entries.items() if key not in computed}
     for key, entry in entries.items():
         value, target = tensors[key], entry.tensor
-        if entry.compute is not None:
-            raise ValueError(
-                f"{key}: the file holds what a network made, which cannot be told from it, and adapter {adapter_name!r} "
-                "has that network; load it frozen under a new name or into a base model, and set_adapter(name) then trains "
-                "the values themselves"
-            )
         if value.shape != target.shape:
             raise ValueError(
                 f"{key}: has shape {tuple(value.shape)} in the file where the model needs "
@@ -396,6 +446,14 @@ def matching(
             )
         if target.is_floating_point():
             check_value(key, value)
+    for key, entry in computed.items():
+        assert entry.compute is not None
+        made, value = entry.compute(_below(f"{key}.", behind)).double(), tensors[key].double()
+        if made.shape != value.shape or not (made - value).norm() <= _SAME_TOKENS * value.norm():
+            raise ValueError(
+                f"{TRAINING_NAME}: makes other values than {WEIGHTS_NAME} has; the two were not saved together. Save the adapter again, or "
+                "delete the former and load the latter frozen"
+            )
     return [(entry, tensors[key]) for key, entry in entries.items()]
 
 
@@ -433,6 +491,15 @@ def _check_keys(
 
 
 # Writing.
+
+
+def _tensor_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], Any]:
+    own = _own_storage(tensors)
+    return lambda file: save_file(own, file, metadata={"format": "pt"})
+
+
+def _text_writer(text: str) -> Callable[[Path], Any]:
+    return lambda file: file.write_text(text, encoding="utf-8")
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

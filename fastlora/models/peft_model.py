@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from torch import nn
 from ..methods import PeftConfig
 from ..quant import NF4Tensor
 from .adapters import Adapters
+
+# What transformers' Trainer calls its checkpoints' folders.
+_TRAINERS = re.compile(r"checkpoint-\d+")
 
 
 class _Delegate(nn.Module):
@@ -221,13 +225,16 @@ class PeftModel(Adapters, _Delegate):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         state_dict: dict[str, Any] | None = None,
+        resumable: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Write every adapter (or those selected) in PEFT's layout; see ``save_adapter``.
 
         ``state_dict``: values to write instead of the model's own (a gathered one, say).
-        ``path_initial_model_for_weight_conversion``: turns PiSSA and OLoRA into plain LoRA. Other
-        keywords, which transformers passes to every model, mean nothing for an adapter.
+        ``path_initial_model_for_weight_conversion``: turns PiSSA and OLoRA into plain LoRA.
+        ``resumable``: write also what training goes on from, where an adapter's file does not hold that; None: into folders
+        called as Trainer calls its checkpoints, checkpoint-<step>. Other keywords, which transformers passes to every
+        model, mean nothing for an adapter.
 
         Raises:
             ValueError: an adapter that does not exist, or an option that fastlora does not have.
@@ -244,11 +251,12 @@ class PeftModel(Adapters, _Delegate):
         names = list(self._configs) if selected_adapters is None else list(selected_adapters)
         for name in names:
             self._check_known(name)
+        if resumable is None:
+            resumable = _TRAINERS.fullmatch(Path(save_directory).name) is not None
+        initial = path_initial_model_for_weight_conversion
         if is_main_process:
             for name in names:
-                save_adapter(
-                    self, save_directory, name, state_dict, path_initial_model_for_weight_conversion
-                )
+                save_adapter(self, save_directory, name, state_dict, initial, resumable)
 
     def load_adapter(
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastlora
 from fastlora.models.prompt_model import PromptModel
-from tests.every_method import BOTTLENECKS, IN_PEFT, METHODS, VIRTUAL
+from tests.every_method import BOTTLENECKS, FOUR_BITS, IN_PEFT, METHODS, VIRTUAL
 from tests.tiny_models import logits, some_ids, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -151,7 +151,7 @@ def test_names_of_what_is_adapted() -> None:
 def test_unload_gives_the_base_back(name: str) -> None:
     ids, method = some_ids(), METHODS[name]
     base = method.base()
-    if name == "lora, 4 bits":
+    if name in FOUR_BITS:
         base = method.make().disable_adapter_layers() or method.make()
         base.disable_adapter_layers()
     want = logits(base, ids)
@@ -170,7 +170,7 @@ def test_unload_gives_the_base_back(name: str) -> None:
     else:
         torch.testing.assert_close(got, want)
     assert got.shape != changed.shape or not torch.allclose(got, changed, atol=1e-4)
-    if name != "lora, 4 bits":
+    if name not in FOUR_BITS:
         fresh = method.base()
         assert [type(m) for m in plain.modules()] == [type(m) for m in fresh.modules()]
         assert plain.state_dict().keys() == fresh.state_dict().keys()
