@@ -192,6 +192,12 @@ class LoRALayer(AdapterLayer):
             self._base_rows(), self.lora_A[name], self.lora_B[name], self.scaling[name]
         )
 
+    def take_factors_out(self, name: str, init: bool | str) -> None:
+        """Give the layer the base weight that an adapter began with under ``init`` (PiSSA, OLoRA): without its first factors."""
+        made = self._factors(init, self.r[name], self._own_scaling(name))
+        assert made.residual is not None
+        self._replace_base_weight(made.residual)
+
     def reset_adapters(self) -> None:
         """Initialise every adapter again from its own settings (after ``to_empty``, say).
 
