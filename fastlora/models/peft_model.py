@@ -192,18 +192,7 @@ class PeftModel(Adapters, _Delegate):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all) numbers of parameters; a 4-bit weight counts as what it stands for."""
-        trainable = 0
-        fours = [m for m in self.modules() if isinstance(m, NF4Tensor)]
-        inside = {id(p) for four in fours for p in four.parameters()}
-        total = sum(four.shape.numel() for four in fours)
-        for parameter in self.parameters():
-            count = 0 if id(parameter) in inside else parameter.numel()
-            state = getattr(parameter, "quant_state", None)
-            if state is not None and getattr(state, "shape", None) is not None:
-                count = torch.Size(state.shape).numel()
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers and their ratio, in PEFT's words."""
@@ -281,3 +270,19 @@ class PeftModel(Adapters, _Delegate):
         from ..io.adapter import load_adapter
 
         return load_adapter(model, model_id, adapter_name, is_trainable=is_trainable)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) numbers of a model's parameters; a 4-bit weight counts as what it stands for."""
+    trainable = 0
+    fours = [m for m in model.modules() if isinstance(m, NF4Tensor)]
+    inside = {id(p) for four in fours for p in four.parameters()}
+    total = sum(four.shape.numel() for four in fours)
+    for parameter in model.parameters():
+        count = 0 if id(parameter) in inside else parameter.numel()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and getattr(state, "shape", None) is not None:
+            count = torch.Size(state.shape).numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
