@@ -15,8 +15,8 @@ from ..io import save_adapter
 from ..io.adapter import adapter_size, safetensors_size
 from ..io.checkpoint import replace_file
 from ..methods import LoraConfig
-from ..models.budget import rank_for_share
 from ..models import get_peft_model
+from ..models.budget import rank_for_share
 from . import base
 from .config import FinetuneConfig
 from .errors import InputError

@@ -12,10 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import fastlora
-from fastlora import LoraConfig
 from fastlora.training.unfreezing import Unfreezing
-from tests.tiny_models import plain_net, tiny_llama
 
 
 def read(output: Path, name: str = "summary.json") -> Any:
