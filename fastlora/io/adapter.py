@@ -22,16 +22,12 @@ A folder that training goes on from (transformers' Trainer keeps such) has one f
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..layers import AdapterLayer
@@ -47,6 +43,7 @@ from ..methods.base import CONFIG_NAME
 from ..models.entry import plan
 from ..models.inject import Injection, set_trainable, trained_biases
 from ..models.peft_model import PeftModel
+from .files import read_tensors, safetensors_size, tensor_writer, text_writer, write_together
 from .subtraction import check_convertible, doubled, subtract
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -55,16 +52,6 @@ TRAINING_NAME = "adapter_training.safetensors"
 PREFIX = "base_model.model."
 # How far the virtual tokens of a file may be from what the network beside them makes, which another device may have run.
 _SAME_TOKENS = 1e-2
-# What safetensors calls a dtype, in a file's header.
-_SAFETENSORS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
 
 
 def save_adapter(
@@ -127,9 +114,9 @@ def save_adapter(
         files[TRAINING_NAME] = behind
     texts = {RECORD_NAME: model.trainable_json(), CONFIG_NAME: config.to_json(**changes)}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_together(
-        {folder / name: _tensor_writer(values) for name, values in files.items()}
-        | {folder / name: _text_writer(text) for name, text in texts.items()}
+    write_together(
+        {folder / name: tensor_writer(values) for name, values in files.items()}
+        | {folder / name: text_writer(text) for name, text in texts.items()}
     )
     if not behind:  # of what was there before
         (folder / TRAINING_NAME).unlink(missing_ok=True)
@@ -138,18 +125,6 @@ def save_adapter(
 def adapter_size(model: PeftModel, adapter_name: str = "default") -> int:
     """Bytes of the ``adapter_model.safetensors`` that ``save_adapter`` would write; the model may be on the meta device."""
     return safetensors_size({key: e.tensor for key, e in _entries(model, adapter_name).items()})
-
-
-def safetensors_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of a safetensors file: the header's length, the header in whole words, the values."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        kind = _SAFETENSORS.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.").upper()
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
 
 
 def load_adapter(
@@ -372,18 +347,6 @@ def _weights_file(folder: Path, config: PeftConfig) -> Path:
     return file
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors on the CPU; ValueError if it is torn."""
-    try:
-        with safe_open(file, framework="pt", device="cpu") as stored:
-            keys = stored.keys()  # not a dict: it cannot be iterated itself
-            return {key: stored.get_tensor(key) for key in keys}
-    except (SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); copy or write it again"
-        ) from None
-
-
 def _fill(
     model: PeftModel,
     adapter_name: str,
@@ -488,52 +451,3 @@ def _check_keys(
             f"{type(model.get_base_model()).__name__}'s adapter has; it was made for other "
             "modules, or is torn"
         )
-
-
-# Writing.
-
-
-def _tensor_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], Any]:
-    own = _own_storage(tensors)
-    return lambda file: save_file(own, file, metadata={"format": "pt"})
-
-
-def _text_writer(text: str) -> Callable[[Path], Any]:
-    return lambda file: file.write_text(text, encoding="utf-8")
-
-
-def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, as safetensors wants them."""
-    seen: set[int] = set()
-    result = {}
-    for key, value in tensors.items():
-        if is_sharded(value):
-            raise ValueError(
-                f"{key}: is sharded; gather it on all ranks and pass state_dict=..., with keys as "
-                "in model.state_dict()"
-            )
-        value = value.detach().cpu().contiguous()
-        pointer = value.untyped_storage().data_ptr()
-        result[key] = value.clone() if pointer in seen else value
-        seen.add(pointer)
-    return result
-
-
-def _write_together(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Write every file beside its place, then move them all in."""
-    suffix = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    drafts = {place: place.with_name(f".{place.name}{suffix}") for place in writers}
-    try:
-        for place, write in writers.items():
-            write(drafts[place])
-            with open(drafts[place], "rb+") as file:
-                os.fsync(file.fileno())
-        for place, draft in drafts.items():
-            os.replace(draft, place)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"could not write {place}: {error}. Free some space or choose another folder"
-        ) from error
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)

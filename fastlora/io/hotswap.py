@@ -18,7 +18,8 @@ from ..methods import LoraConfig
 from ..methods.checks import check_rank
 from ..methods.matching import pattern_value
 from ..models.peft_model import PeftModel
-from .adapter import PREFIX, WEIGHTS_NAME, check_value, find_folder, read_tensors
+from .adapter import PREFIX, WEIGHTS_NAME, check_value, find_folder
+from .files import read_tensors
 
 _FACTORS = {"lora_A.weight", "lora_B.weight"}
 

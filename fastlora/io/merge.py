@@ -23,8 +23,9 @@ from ..models.peft_model import PeftModel
 from ..quant import NF4Tensor
 from ..quant.checkpoint import keys_of, open_checkpoint, quantized_names, read_weight, write_weight
 from ..quant.conversion import Conversion, describe
-from .adapter import PREFIX, WEIGHTS_NAME, find_folder, matching, read_tensors
+from .adapter import PREFIX, WEIGHTS_NAME, find_folder, matching
 from .checkpoint import replacing_directory
+from .files import read_tensors
 from .merge_units import Unit, Work
 from .shards import SHARD_BYTES, Shards, copy_rest
 

@@ -5,28 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..layers import (
-    AdapterLayer,
-    LoRALayer,
-    LoRAParameter,
-    TiedTokens,
-    TrainableCopy,
-    TrainableTokens,
-)
+from ..layers import AdapterLayer, LoRALayer
 from ..layers.adapter import check_adapter_name
 from ..layers.embedding import LoRAEmbedding
 from ..layers.mixed import MixedBatch
 from ..methods import LoraConfig, PeftConfig
 from . import merge
 from .merge import MergeReport
-
-if TYPE_CHECKING:
-    from .status import TunerLayerStatus, TunerModelStatus
 
 
 class Adapters(nn.Module):
@@ -63,38 +53,6 @@ class Adapters(nn.Module):
             layer.adapters_enabled and any(name in layer.adapters for name in layer.active_adapters)
             for layer in self.adapter_layers()
         )
-
-    @property
-    def targeted_module_names(self) -> list[str]:
-        """The names, in the base model, of the modules that have adapters (as wholes; not ``modules_to_save``)."""
-        return [
-            name
-            for name, layer in self.get_base_model().named_modules()
-            if isinstance(layer, AdapterLayer)
-            and layer.adapters
-            and not isinstance(layer, (LoRAParameter, TrainableCopy, TrainableTokens, TiedTokens))
-        ]
-
-    @property
-    def targeted_parameter_names(self) -> list[str]:
-        """The names of the Parameters that have adapters (``target_parameters``)."""
-        return [
-            f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
-            for name, layer in self.get_base_model().named_modules()
-            if isinstance(layer, LoRAParameter) and layer.adapters
-        ]
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        """The state of every module with adapters; see ``models/status.py``."""
-        from .status import get_layer_status
-
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        """The state of the whole model; see ``models/status.py``."""
-        from .status import get_model_status
-
-        return get_model_status(self)  # type: ignore[arg-type]
 
     # Which adapters act and train.
 

@@ -6,14 +6,18 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..layers import AdapterLayer, LoRAParameter, TiedTokens, TrainableCopy, TrainableTokens
 from ..methods import PeftConfig
 from ..quant import NF4Tensor
 from .adapters import Adapters
+
+if TYPE_CHECKING:
+    from .status import TunerLayerStatus, TunerModelStatus
 
 # What transformers' Trainer calls its checkpoints' folders.
 _TRAINERS = re.compile(r"checkpoint-\d+")
@@ -114,6 +118,38 @@ class PeftModel(Adapters, _Delegate):
         """The model given to ``get_peft_model``, with the adapter layers in it."""
         model: nn.Module = self.base_model.model
         return model
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names, in the base model, of the modules that have adapters (as wholes; not ``modules_to_save``)."""
+        return [
+            name
+            for name, layer in self.get_base_model().named_modules()
+            if isinstance(layer, AdapterLayer)
+            and layer.adapters
+            and not isinstance(layer, (LoRAParameter, TrainableCopy, TrainableTokens, TiedTokens))
+        ]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The names of the Parameters that have adapters (``target_parameters``)."""
+        return [
+            f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+            for name, layer in self.get_base_model().named_modules()
+            if isinstance(layer, LoRAParameter) and layer.adapters
+        ]
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of every module with adapters; see ``models/status.py``."""
+        from .status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the whole model; see ``models/status.py``."""
+        from .status import get_model_status
+
+        return get_model_status(self)
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:

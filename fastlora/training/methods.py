@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..io import save_adapter
-from ..io.adapter import adapter_size, safetensors_size
+from ..io.adapter import adapter_size
+from ..io.files import safetensors_size
 from ..io.checkpoint import replace_file
 from ..methods import LoraConfig
 from ..models import get_peft_model

@@ -275,7 +275,7 @@ def test_a_torn_file_adds_nothing(tmp_path: Path) -> None:
     model = own()
     model.save_pretrained(tmp_path)
     file = tmp_path / "b" / "adapter_model.safetensors"
-    tensors = {k: v for k, v in sorted(fastlora.io.adapter.read_tensors(file).items())[:-1]}
+    tensors = {k: v for k, v in sorted(fastlora.io.files.read_tensors(file).items())[:-1]}
     fastlora.io.adapter.save_file(tensors, file)
     names = sorted(model.state_dict())
     with pytest.raises(ValueError, match="lacks 1"):
