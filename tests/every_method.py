@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,9 +76,8 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def _alike(name: str) -> str:
-    for part in (".base_layer", ".token_adapter", ".weight"):
-        name = name.replace(part, "")
-    return name
+    """A parameter's name as it is in both libraries."""
+    return re.sub(r"\.base_layer(?=\.(weight|bias)$)|\.token_adapter|\.weight", "", name)
 
 
 METHODS: dict[str, Method] = {

@@ -23,7 +23,7 @@ A folder that training goes on from (transformers' Trainer keeps such) has one f
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def load_adapter(
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
     folder = find_folder(Path(path), check_adapter_name(adapter_name))
     config = PeftConfig.from_pretrained(folder)
-    tensors = read_tensors(_weights_file(folder, config))
+    tensors = read_tensors(weights_file(folder, config))
     training = folder / TRAINING_NAME
     behind = read_tensors(training) if training.is_file() else {}
     if not isinstance(model, PeftModel):
@@ -242,32 +242,48 @@ def _file_prefix(model: PeftModel, adapter_name: str) -> str:
     return "base_model." if model.peft_config[adapter_name].is_prompt_learning else PREFIX
 
 
-def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
-    """Key in the file -> entry, for everything that belongs to one adapter."""
-    base, entries, adapted = model.get_base_model(), {}, set()
+def layers_of(
+    model: PeftModel, adapter_name: str
+) -> Iterator[tuple[str, AdapterLayer, dict[str, AdapterTensor]]]:
+    """(what its keys in a file begin with, layer, key in the file -> entry) for every layer that carries adapters."""
     prefix = _file_prefix(model, adapter_name)
-    for name, module in base.named_modules():
+    for name, module in model.get_base_model().named_modules():
         if not isinstance(module, AdapterLayer):
             continue
         at = f"{name}." if name else ""
-        if isinstance(module, FusedLayer) and module.adapters:
-            adapted.add(f"{name}.bias")
         in_file = f"{module.saved_as}." if module.saved_as else f"{prefix}{at}"
         in_file = in_file if module.names_in_file else ""
-        for key, entry in module.adapter_tensors(adapter_name).items():
-            entries[f"{in_file}{key}"] = entry._replace(key=f"{PREFIX}{at}{entry.key}")
-    if not entries:  # trained biases outlast an unloading, and are no adapter
-        raise ValueError(
-            f"model: has nothing of adapter {adapter_name!r} left, for its adapters were merged and unloaded; save before "
-            "merge_and_unload, and load into a model that get_peft_model made anew"
-        )
+        entries = {
+            f"{in_file}{key}": entry._replace(key=f"{PREFIX}{at}{entry.key}")
+            for key, entry in module.adapter_tensors(adapter_name).items()
+        }
+        yield in_file, module, entries
+
+
+def biases_of(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
+    """Key in the file -> entry, for the biases of the base that one adapter trains."""
+    base, entries = model.get_base_model(), {}
+    adapted = {f"{name}.bias" for name, m in base.named_modules() if isinstance(m, FusedLayer) and m.adapters}  # fmt: skip
     for name, bias in trained_biases(base, model.peft_config[adapter_name]).items():
         in_file = f"{name.removesuffix('bias')}base_layer.bias" if name in adapted else name
         entries[f"{PREFIX}{in_file}"] = AdapterTensor(f"{PREFIX}{name}", bias)
     return entries
 
 
-def _embedding_entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
+def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
+    """Key in the file -> entry, for everything that belongs to one adapter."""
+    entries: dict[str, AdapterTensor] = {}
+    for _, _, own in layers_of(model, adapter_name):
+        entries |= own
+    if not entries:  # trained biases outlast an unloading, and are no adapter
+        raise ValueError(
+            f"model: has nothing of adapter {adapter_name!r} left, for its adapters were merged and unloaded; save before "
+            "merge_and_unload, and load into a model that get_peft_model made anew"
+        )
+    return entries | biases_of(model, adapter_name)
+
+
+def embedding_entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
     """Base weights that PEFT adds to the file of a transformers model: embeddings that were
     resized, or an adapted output layer's. They are read if they are there; ``save_adapter`` does
     not write them."""
@@ -336,7 +352,8 @@ def find_folder(path: Path, adapter_name: str) -> Path:
     return folder
 
 
-def _weights_file(folder: Path, config: PeftConfig) -> Path:
+def weights_file(folder: Path, config: PeftConfig) -> Path:
+    """The file of an adapter's tensors in its folder; FileNotFoundError if it is not there."""
     file = folder / config.weights_name
     if not file.is_file():
         pickle = (folder / PICKLE_NAME).is_file() and config.weights_name != WEIGHTS_NAME
@@ -385,11 +402,14 @@ def matching(
     own_keys = model.peft_config[adapter_name].own_keys
     tensors = dict(own_keys(tensors, set(entries), model.get_base_model(), adapter_name))
     entries |= {
-        k: entry for k, entry in _embedding_entries(model, adapter_name).items() if k in tensors
+        k: entry for k, entry in embedding_entries(model, adapter_name).items() if k in tensors
     }
-    tensors = {k: v for k, v in tensors.items() if k in entries or not _is_shadow(k, adapter_name)}
+    tensors = {k: v for k, v in tensors.items() if k in entries or not is_shadow(k, adapter_name)}
     _check_keys(entries, tensors, model)
     computed = {key: entry for key, entry in entries.items() if entry.compute is not None}
+    for key, entry in computed.items():
+        if not entry.key.endswith("."):
+            raise ValueError(f"{key}: is a slot for hot-swapping here, wider than the adapter in it; hotswap_adapter fills it")  # fmt: skip
     for key, own in _behind(model, computed).items():
         if key not in behind:
             raise ValueError(
@@ -428,7 +448,7 @@ def check_value(key: str, value: Tensor) -> None:
         )
 
 
-def _is_shadow(key: str, adapter_name: str) -> bool:
+def is_shadow(key: str, adapter_name: str) -> bool:
     """With bias="all", PEFT also stores the biases of a modules_to_save module a second time, and
     the frozen original's."""
     return key.endswith(

@@ -74,6 +74,10 @@ class AdapterLayer(nn.Module):
         """What an adapter's file holds of this layer: key in the file, after the module's own name -> where it is here."""
         raise NotImplementedError
 
+    def neutral_tensors(self, name: str) -> dict[str, Tensor]:
+        """What a file would hold here of an adapter that changes nothing, for hot-swapping. {}: there is no such adapter."""
+        return {}
+
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """What trains of an adapter."""
         found: list[nn.Parameter] = []

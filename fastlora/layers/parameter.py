@@ -129,6 +129,9 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
         a = made.a * self.stacked if init == "gaussian" else made.a
         return Factors(a.to(self.weight.dtype), made.b.to(self.weight.dtype))
 
+    def pattern_name(self, module_name: str) -> str:
+        return f"{module_name.replace('.base_layer', '')}.{self.parameter_name}"
+
     def split_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A [E, r, K] and B [E, N, r] of an adapter, as views."""
         a = self.lora_A[name].unflatten(0, (self.stacked, -1))

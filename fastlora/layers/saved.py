@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import AdapterTensor, check_adapter_name
 from .standin import StandIn
@@ -50,6 +50,9 @@ class TrainableCopy(StandIn):
             key: AdapterTensor(f"modules_to_save.{name}.{key}", tensor)
             for key, tensor in self.modules_to_save[name].state_dict().items()
         }
+
+    def neutral_tensors(self, name: str) -> dict[str, Tensor]:
+        return dict(self.original_module.state_dict())
 
     def check_active(self, names: list[str]) -> None:
         """ValueError if more than one of ``names`` has a copy here."""

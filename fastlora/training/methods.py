@@ -13,8 +13,8 @@ from torch import nn
 
 from ..io import save_adapter
 from ..io.adapter import adapter_size
-from ..io.files import safetensors_size
 from ..io.checkpoint import replace_file
+from ..io.files import safetensors_size
 from ..methods import LoraConfig
 from ..models import get_peft_model
 from ..models.budget import rank_for_share
