@@ -40,7 +40,7 @@ from ..layers.plain import FLOATS
 from ..methods import PeftConfig
 from ..methods.adapters_layout import PICKLE_NAME
 from ..methods.base import CONFIG_NAME
-from ..models.entry import plan
+from ..models.entry import own_config, plan
 from ..models.inject import Injection, set_trainable, trained_biases
 from ..models.peft_model import PeftModel
 from .files import read_tensors, safetensors_size, tensor_writer, text_writer, write_together
@@ -132,6 +132,8 @@ def load_adapter(
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     is_trainable: bool | None = None,
+    autocast_adapter_dtype: bool = True,
+    config: PeftConfig | None = None,
 ) -> PeftModel:
     """Read an adapter that fastlora or stock peft wrote.
 
@@ -143,6 +145,8 @@ def load_adapter(
             of its name.
         adapter_name: the adapter to fill.
         is_trainable: whether it trains afterwards, if it is active; None: as before.
+        autocast_adapter_dtype: of an adapter that is new here; see ``get_peft_model``.
+        config: in place of the folder's (PEFT's own works as well).
 
     Returns:
         ``model``, or the PeftModel around it.
@@ -157,13 +161,14 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
     folder = find_folder(Path(path), check_adapter_name(adapter_name))
-    config = PeftConfig.from_pretrained(folder)
+    config = PeftConfig.from_pretrained(folder) if config is None else own_config(config)
     tensors = read_tensors(weights_file(folder, config))
     training = folder / TRAINING_NAME
     behind = read_tensors(training) if training.is_file() else {}
     if not isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
-        wrapped = _put_in(plan(model, config, adapter_name), tensors, behind)
+        injection = plan(model, config, adapter_name, autocast_adapter_dtype)
+        wrapped = _put_in(injection, tensors, behind)
         return wrapped if is_trainable else wrapped.eval()
 
     model.check_change("load_adapter")
@@ -172,7 +177,12 @@ def load_adapter(
         _fill(model, adapter_name, tensors, behind)
     else:
         config.inference_mode = True
-        model.add_loaded(adapter_name, config, lambda: _fill(model, adapter_name, tensors, behind))
+        model.add_loaded(
+            adapter_name,
+            config,
+            lambda: _fill(model, adapter_name, tensors, behind),
+            autocast_adapter_dtype,
+        )
     if is_trainable is not None and adapter_name in model.active_adapters:
         own = model.peft_config[adapter_name]
         set_trainable(model.get_base_model(), own, model.active_adapters, is_trainable)

@@ -284,13 +284,23 @@ class PeftModel(Adapters, _Delegate):
                 save_adapter(self, save_directory, name, state_dict, initial, resumable)
 
     def load_adapter(
-        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: torch.device | str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
         """Read an adapter, a new one or other values for one that is there; see ``fastlora.load_adapter``. As in PEFT, a
-        load that is not for training puts the model into eval mode and leaves what requires grad as it is."""
+        load that is not for training puts the model into eval mode and leaves what requires grad as it is.
+
+        ``torch_device``, ``low_cpu_mem_usage``: PEFT's; values are read on the CPU and go where the model is.
+        """
         from ..io.adapter import load_adapter
 
-        load_adapter(self, model_id, adapter_name, is_trainable=True if is_trainable else None)
+        trains = True if is_trainable else None
+        load_adapter(self, model_id, adapter_name, trains, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
 
@@ -301,11 +311,17 @@ class PeftModel(Adapters, _Delegate):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> PeftModel:
-        """``model`` with the adapter in the folder ``model_id``; see ``fastlora.load_adapter``."""
+        """``model`` with the adapter in the folder ``model_id``; see ``fastlora.load_adapter``. ``low_cpu_mem_usage``: PEFT's;
+        nothing to save here."""
         from ..io.adapter import load_adapter
 
-        return load_adapter(model, model_id, adapter_name, is_trainable=is_trainable)
+        return load_adapter(
+            model, model_id, adapter_name, is_trainable, autocast_adapter_dtype, config
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,53 @@ def test_the_public_surface_is_stock_pefts_but_for_the_names_listed() -> None:
     for name in set(LEFT_OUT) & set(vars(type(lora))):
         with pytest.raises(NotImplementedError, match=name):  # not silently PEFT's own
             getattr(lora, name)()
+
+
+# Arguments of PEFT's that ours do not take, and why.
+NOT_TAKEN = {
+    "ephemeral_gpu_offload": "layers of a DoRA model that is partly on the CPU go to the GPU one by one",
+    "key_mapping": "files have PEFT's keys",
+    "kwargs": "of the Hub; an adapter is a folder",
+    "mixed": "one model takes one method",
+    "revision": "of the Hub; the configuration has it",
+}
+
+
+def test_shared_functions_take_stock_pefts_arguments() -> None:
+    def missing(ours: Any, theirs: Any) -> set[str]:
+        taken = inspect.signature(ours).parameters
+        return set(inspect.signature(theirs).parameters) - set(taken)
+
+    pairs = [(fastlora.get_peft_model, peft.get_peft_model)]
+    for name in sorted((public(peft.PeftModel) | public(peft.LoraModel)) - set(LEFT_OUT)):
+        theirs = getattr(peft.PeftModel, name, None) or getattr(peft.LoraModel, name)
+        if callable(theirs) and hasattr(fastlora.PeftModel, name):
+            pairs.append((getattr(fastlora.PeftModel, name), theirs))
+    assert len(pairs) > 15
+    assert set().union(*(missing(*pair) for pair in pairs)) == set(NOT_TAKEN)
+
+
+def test_loading_takes_pefts_options(tmp_path: Path) -> None:
+    half = METHODS["lora"]._replace(base=lambda: tiny_llama(dtype=torch.bfloat16))
+    model = half.moved()
+    model.save_pretrained(tmp_path)
+    options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+    narrow = fastlora.PeftModel.from_pretrained(half.base(), tmp_path, **options)
+    theirs = peft.PeftModel.from_pretrained(half.base(), tmp_path, **options)
+    for one in (narrow, theirs):
+        assert {p.dtype for n, p in one.named_parameters() if "lora_" in n} == {torch.bfloat16}
+    torch.testing.assert_close(
+        logits(narrow, some_ids()), logits(theirs, some_ids()), rtol=2e-2, atol=2e-2
+    )
+    model.load_adapter(tmp_path, "other", torch_device="cpu", **options)
+    dtypes = {n.rpartition(".")[2]: p.dtype for n, p in model.named_parameters() if "lora_" in n}
+    assert dtypes == {"default": torch.float32, "other": torch.bfloat16}
+    # A configuration in place of the folder's.
+    config = peft.LoraConfig(r=4, lora_alpha=80, target_modules=["q_proj", "v_proj"])
+    for library in (fastlora, peft):
+        strong = library.PeftModel.from_pretrained(tiny_llama(), tmp_path, config=config)
+        weak = library.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        assert not torch.allclose(logits(strong, some_ids()), logits(weak, some_ids()), atol=1e-2)
 
 
 def statuses(model: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
