@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastlora
 from tests.every_method import BOTTLENECKS, FOUR_BITS, METHODS, PREFIXES, VIRTUAL
@@ -164,6 +165,12 @@ def test_files_beside_each_other_are_of_one_save(tmp_path: Path) -> None:
     read = fastlora.load_adapter(method.base(), tmp_path, is_trainable=True)
     assert torch.equal(logits(read.eval(), some_ids()), logits(first, some_ids()))
     assert len([p for p in read.parameters() if p.requires_grad]) == 7  # the network's
+    gathered = {key: value.clone() for key, value in first.state_dict().items()}
+    second.save_pretrained(tmp_path / "gathered", state_dict=gathered, resumable=True)
+    for file in ("adapter_model.safetensors", "adapter_training.safetensors"):
+        mine, other = (load_file(folder / file) for folder in (tmp_path, tmp_path / "gathered"))
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], value) for key, value in other.items())
     second.save_pretrained(tmp_path / "other", resumable=True)
     before = {key: value.clone() for key, value in second.state_dict().items()}
     (tmp_path / "other" / "adapter_training.safetensors").replace(tmp_path / "adapter_training.safetensors")  # fmt: skip
