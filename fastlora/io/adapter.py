@@ -213,13 +213,17 @@ def _values(
         raise ValueError(
             f"state_dict: lacks {len(absent)} of the adapter's parameters, {absent[0]!r} among them"
         )
-    return {
-        # of a slot for hot-swapping the adapter's own ranks
-        key: state_dict[entry.key][tuple(map(slice, entry.tensor.shape))]
-        if entry.compute is None
-        else entry.compute(_below(entry.key, state_dict))
-        for key, entry in entries.items()
-    }
+    return {key: _value(entry, state_dict) for key, entry in entries.items()}
+
+
+def _value(entry: AdapterTensor, state_dict: Mapping[str, Tensor]) -> Tensor:
+    if entry.compute is not None:
+        return entry.compute(_below(entry.key, state_dict))
+    value = state_dict[entry.key]
+    if entry.narrow is not None:
+        return entry.narrow(value)
+    # Of a slot for hot-swapping the adapter's own ranks.
+    return value[tuple(map(slice, entry.tensor.shape))]
 
 
 def _behind(
@@ -417,8 +421,8 @@ def matching(
     tensors = {k: v for k, v in tensors.items() if k in entries or not is_shadow(k, adapter_name)}
     _check_keys(entries, tensors, model)
     computed = {key: entry for key, entry in entries.items() if entry.compute is not None}
-    for key, entry in computed.items():
-        if not entry.key.endswith("."):
+    for key, entry in entries.items():
+        if entry.narrow is not None:
             raise ValueError(f"{key}: is a slot for hot-swapping here, wider than the adapter in it; hotswap_adapter fills it")  # fmt: skip
     for key, own in _behind(model, computed).items():
         if key not in behind:

@@ -38,11 +38,14 @@ class AdapterTensor(NamedTuple):
 
     ``compute``: set where the file holds what is only computed from the adapter, and cannot be read back. ``key`` is then
     a prefix, and ``compute`` makes the value from what a state_dict has under it.
+
+    ``narrow``: set where the tensor is a copy, of a part of the parameter that is no block at its beginning; gives that part.
     """
 
     key: str
     tensor: Tensor
     compute: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    narrow: Callable[[Tensor], Tensor] | None = None
 
 
 class AdapterLayer(nn.Module):

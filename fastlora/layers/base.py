@@ -244,10 +244,10 @@ class LoRALayer(AdapterLayer):
             entries[0] = AdapterTensor(at_a, a[:r])
         else:  # these rows are not a view of the slot's
 
-            def narrow(state: Mapping[str, Tensor]) -> Tensor:
-                return self._by_matrix(state[""])[:, :r].flatten(0, 1)
+            def narrow(slot: Tensor) -> Tensor:
+                return self._by_matrix(slot)[:, :r].flatten(0, 1)
 
-            entries[0] = AdapterTensor(at_a, narrow({"": a}), narrow)
+            entries[0] = AdapterTensor(at_a, narrow(a), narrow=narrow)
         return entries
 
     def _by_matrix(self, a: Tensor) -> Tensor:

@@ -120,6 +120,11 @@ class PeftModel(Adapters, _Delegate):
         return model
 
     @property
+    def prefix(self) -> str:
+        """What the names of the adapters' parameters have in them, by which TRL leaves them out of what it sends to vLLM."""
+        return self.active_peft_config.prefix
+
+    @property
     def targeted_module_names(self) -> list[str]:
         """The names, in the base model, of the modules that have adapters (as wholes; not ``modules_to_save``)."""
         return [

@@ -30,7 +30,6 @@ LEFT_OUT = {
     # of the tuner inside it: what PEFT's own code asks
     "get_model_config": "the base's config as a dict, for PEFT's injection",
     "inject_adapter": "get_peft_model and add_adapter change the base",
-    "prefix": "of PEFT's parameters' names",
     "subtract_mutated_init": "save_pretrained(path_initial_model_for_weight_conversion=...) does it",
     "target_module_mapping": "PEFT's table of defaults; fastlora's is methods/matching.py",
     "tuner_layer_cls": "the class of PEFT's layers; fastlora's are AdapterLayers",
@@ -237,6 +236,28 @@ def test_unload_refuses_merged_adapters(tmp_path: Path) -> None:
     model.unload()
     with pytest.raises(ValueError, match="nothing of adapter"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "lora, copies", "lora, biases", "dora", "ia3", "ln_tuning"]
+)
+def test_merged_weights_by_the_names_that_trl_sends_to_vllm(name: str) -> None:
+    """Its loop: all but what has ``prefix`` in its name, and originals; then the names of the plain model."""
+    model = METHODS[name].moved()
+    assert model.prefix == METHODS[name].make(peft).prefix
+    want = METHODS[name].moved().merge_and_unload().state_dict()
+    model.merge_adapter()
+    sent = {}
+    for key, p in model.named_parameters():
+        key = key.removeprefix("base_model.model.").replace(".base_layer", "")
+        if model.prefix in key or "original_module" in key:
+            continue
+        sent[key.replace("modules_to_save.default.", "")] = p
+    assert sent.keys() == want.keys()
+    assert all(torch.equal(sent[key], value) for key, value in want.items())
+    for virtual in ("p-mlp", "houlsby"):
+        other = METHODS[virtual].make()
+        assert all(other.prefix in n for n, p in other.named_parameters() if p.requires_grad)
 
 
 def test_prepare_model_for_gradient_checkpointing() -> None:
