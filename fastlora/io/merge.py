@@ -1,7 +1,8 @@
 """``merge_checkpoint``: an adapter's folder merged into a model's, layer by layer, as files.
 
 The model is made without memory (on the meta device) with the adapter's layers in it; one of them at a time gets its weight and the
-adapter's values, and writes W + s B A. So merging takes the memory of a layer and a shard, not of the model.
+adapter's values, and writes what they come to. So merging takes the memory of a layer and a shard, not of the model. Tensors that
+transformers makes of others (stacked experts of single ones) are made for a moment, and written as they were stored.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def merge_checkpoint(
     Raises:
         FileNotFoundError: ``source`` or ``adapter`` is incomplete.
         ValueError, NotImplementedError: they do not belong together, one is damaged, the method does not merge, or transformers
-            computes an adapted weight of several stored ones.
+            computes an adapted weight of stored ones and does not tell how to undo that.
         ImportError: transformers is not installed.
     """
     source, target = Path(source), Path(target)

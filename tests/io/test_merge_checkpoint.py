@@ -18,6 +18,7 @@ from fastlora.io.merge import merge_checkpoint
 from fastlora.io.quantize import quantize_checkpoint
 from tests.every_method import IN_PEFT, METHODS, VIRTUAL
 from tests.tiny_models import logits, randomize_adapters, some_ids, tiny_llama
+from tests.tiny_zoo import run, tiny
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "down_proj"]
@@ -316,6 +317,24 @@ def test_tied_ends(config: dict[str, Any], both: bool, tmp_path: Path) -> None:
     rows = "trainable_token_indices" in config
     assert merged.config.tie_word_embeddings == rows
     assert ("lm_head.weight" in tensors(tmp_path / "out")) != rows
+
+
+@pytest.mark.parametrize(("kind", "method"), [("gpt2", "IA3Config"), ("t5", "IA3Config"), ("gpt_neox", "IA3Config"), ("bart", "LNTuningConfig")])  # fmt: skip
+def test_other_architectures(kind: str, method: str, tmp_path: Path) -> None:
+    """Conv1D, whose weight is stored [K, N]; encoder-decoders; fused projections."""
+    base = tiny(kind)
+    base.save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(tiny(kind), getattr(peft, method)())
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape) * 0.3)
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    got = run(type(base).from_pretrained(tmp_path / "out").eval(), some_ids()).logits
+    torch.testing.assert_close(got, run(theirs, some_ids()).logits, rtol=1e-4, atol=1e-5)
+    assert (got - run(base.eval(), some_ids()).logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["IA3Config", "LNTuningConfig"])
