@@ -12,20 +12,22 @@ The file's keys have the same prefix; those of prompt learning have base_model. 
 base, and the virtual tokens are prompt_embeddings, without a prefix.
 
 An adapter that is not called "default" lives in a sub-folder of its name.
+
+A folder that training goes on from (transformers' Trainer keeps such) has one file more where that takes one:
+
+    adapter_training.safetensors    virtual tokens that a network makes: <key in the adapter's file>.<parameter>, the network
+                                    and its embeddings, of which the adapter's file has the output alone
+    adapter_model.safetensors       no tensors, where a method's own file has another name: Trainer looks for this one
 """
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..layers import AdapterLayer
@@ -38,24 +40,18 @@ from ..layers.plain import FLOATS
 from ..methods import PeftConfig
 from ..methods.adapters_layout import PICKLE_NAME
 from ..methods.base import CONFIG_NAME
-from ..models.entry import plan
+from ..models.entry import own_config, plan
 from ..models.inject import Injection, set_trainable, trained_biases
 from ..models.peft_model import PeftModel
+from .files import read_tensors, safetensors_size, tensor_writer, text_writer, write_together
 from .subtraction import check_convertible, doubled, subtract
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 RECORD_NAME = "trainable_parameters.json"
+TRAINING_NAME = "adapter_training.safetensors"
 PREFIX = "base_model.model."
-# What safetensors calls a dtype, in a file's header.
-_SAFETENSORS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
+# How far the virtual tokens of a file may be from what the network beside them makes, which another device may have run.
+_SAME_TOKENS = 1e-2
 
 
 def save_adapter(
@@ -64,6 +60,7 @@ def save_adapter(
     adapter_name: str = "default",
     state_dict: Mapping[str, Tensor] | None = None,
     path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+    resumable: bool = False,
 ) -> None:
     """Write an adapter, for stock ``peft.PeftModel.from_pretrained`` or ``load_adapter``.
 
@@ -78,6 +75,8 @@ def save_adapter(
         state_dict: values to write instead of the model's (keys as in ``model.state_dict()``).
         path_initial_model_for_weight_conversion: a PiSSA or OLoRA adapter as it was saved before training: what is written
             is then plain LoRA of twice the rank over the base as it was (see ``io/subtraction.py``).
+        resumable: write as well what training goes on from, where that is more (see above). P-tuning's and prefix tuning's
+            networks may be much larger than what they make.
 
     Raises:
         TypeError: ``model`` is no fastlora.PeftModel.
@@ -107,37 +106,25 @@ def save_adapter(
         initial = find_folder(Path(path_initial_model_for_weight_conversion), adapter_name)
         config, tensors = doubled(lora), subtract(tensors, read_tensors(initial / WEIGHTS_NAME))
     changes = config.file_fields(model.get_base_model(), adapter_name)
+    files = {config.weights_name: tensors}
+    if resumable and config.weights_name != WEIGHTS_NAME:
+        files[WEIGHTS_NAME] = {}
+    behind = _behind(model, entries, state_dict) if resumable else {}
+    if behind:
+        files[TRAINING_NAME] = behind
+    texts = {RECORD_NAME: model.trainable_json(), CONFIG_NAME: config.to_json(**changes)}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_together(
-        {
-            folder / config.weights_name: lambda file: save_file(
-                _own_storage(tensors), file, metadata={"format": "pt"}
-            ),
-            folder / RECORD_NAME: lambda file: file.write_text(
-                model.trainable_json(), encoding="utf-8"
-            ),
-            folder / CONFIG_NAME: lambda file: file.write_text(
-                config.to_json(**changes), encoding="utf-8"
-            ),
-        }
+    write_together(
+        {folder / name: tensor_writer(values) for name, values in files.items()}
+        | {folder / name: text_writer(text) for name, text in texts.items()}
     )
+    if not behind:  # of what was there before
+        (folder / TRAINING_NAME).unlink(missing_ok=True)
 
 
 def adapter_size(model: PeftModel, adapter_name: str = "default") -> int:
     """Bytes of the ``adapter_model.safetensors`` that ``save_adapter`` would write; the model may be on the meta device."""
     return safetensors_size({key: e.tensor for key, e in _entries(model, adapter_name).items()})
-
-
-def safetensors_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of a safetensors file: the header's length, the header in whole words, the values."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        kind = _SAFETENSORS.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.").upper()
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
 
 
 def load_adapter(
@@ -146,6 +133,7 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool | None = None,
     autocast_adapter_dtype: bool = True,
+    config: PeftConfig | None = None,
 ) -> PeftModel:
     """Read an adapter that fastlora or stock peft wrote.
 
@@ -157,7 +145,8 @@ def load_adapter(
             of its name.
         adapter_name: the adapter to fill.
         is_trainable: whether it trains afterwards, if it is active; None: as before.
-        autocast_adapter_dtype: of an adapter that is new; see ``get_peft_model``.
+        autocast_adapter_dtype: of an adapter that is new here; see ``get_peft_model``.
+        config: in place of the folder's (PEFT's own works as well).
 
     Returns:
         ``model``, or the PeftModel around it.
@@ -172,23 +161,26 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
     folder = find_folder(Path(path), check_adapter_name(adapter_name))
-    config = PeftConfig.from_pretrained(folder)
-    tensors = read_tensors(_weights_file(folder, config))
+    config = PeftConfig.from_pretrained(folder) if config is None else own_config(config)
+    tensors = read_tensors(weights_file(folder, config))
+    training = folder / TRAINING_NAME
+    behind = read_tensors(training) if training.is_file() else {}
     if not isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
-        wrapped = _put_in(plan(model, config, adapter_name, autocast_adapter_dtype), tensors)
+        injection = plan(model, config, adapter_name, autocast_adapter_dtype)
+        wrapped = _put_in(injection, tensors, behind)
         return wrapped if is_trainable else wrapped.eval()
 
     model.check_change("load_adapter")
     if adapter_name in model.peft_config:
         _check_same_method(model, adapter_name, config, folder)
-        _fill(model, adapter_name, tensors)
+        _fill(model, adapter_name, tensors, behind)
     else:
         config.inference_mode = True
         model.add_loaded(
             adapter_name,
             config,
-            lambda: _fill(model, adapter_name, tensors),
+            lambda: _fill(model, adapter_name, tensors, behind),
             autocast_adapter_dtype,
         )
     if is_trainable is not None and adapter_name in model.active_adapters:
@@ -197,12 +189,14 @@ def load_adapter(
     return model
 
 
-def _put_in(injection: Injection[Any], tensors: dict[str, Tensor]) -> PeftModel:
+def _put_in(
+    injection: Injection[Any], tensors: dict[str, Tensor], behind: dict[str, Tensor]
+) -> PeftModel:
     """The PeftModel around a base model, with the values of a file; the base as it was if they do not fit."""
     injection.apply()
     try:
         wrapped = injection.wrap()
-        _fill(wrapped, injection.adapter_name, tensors)
+        _fill(wrapped, injection.adapter_name, tensors, behind)
     except BaseException:
         injection.undo()
         raise
@@ -219,12 +213,34 @@ def _values(
         raise ValueError(
             f"state_dict: lacks {len(absent)} of the adapter's parameters, {absent[0]!r} among them"
         )
+    return {key: _value(entry, state_dict) for key, entry in entries.items()}
+
+
+def _value(entry: AdapterTensor, state_dict: Mapping[str, Tensor]) -> Tensor:
+    if entry.compute is not None:
+        return entry.compute(_below(entry.key, state_dict))
+    value = entry.turned(state_dict[entry.key])
+    if entry.narrow is not None:
+        return entry.narrow(value)
+    # Of a slot for hot-swapping the adapter's own ranks.
+    return value[tuple(map(slice, entry.tensor.shape))]
+
+
+def _behind(
+    model: PeftModel,
+    entries: Mapping[str, AdapterTensor],
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What the computed values of a file are made from, as TRAINING_NAME has it: the model's tensors, or others'."""
     return {
-        # of a slot for hot-swapping the adapter's own ranks
-        key: entry.turned(state_dict[entry.key])[tuple(map(slice, entry.tensor.shape))]
-        if entry.compute is None
-        else entry.compute(_below(entry.key, state_dict))
+        f"{key}.{name}": value
         for key, entry in entries.items()
+        if entry.compute is not None
+        for name, value in (
+            model.get_submodule(entry.key.removesuffix(".")).state_dict()
+            if state_dict is None
+            else _below(entry.key, state_dict)
+        ).items()
     }
 
 
@@ -240,32 +256,48 @@ def _file_prefix(model: PeftModel, adapter_name: str) -> str:
     return "base_model." if model.peft_config[adapter_name].is_prompt_learning else PREFIX
 
 
-def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
-    """Key in the file -> entry, for everything that belongs to one adapter."""
-    base, entries, adapted = model.get_base_model(), {}, set()
+def layers_of(
+    model: PeftModel, adapter_name: str
+) -> Iterator[tuple[str, AdapterLayer, dict[str, AdapterTensor]]]:
+    """(what its keys in a file begin with, layer, key in the file -> entry) for every layer that carries adapters."""
     prefix = _file_prefix(model, adapter_name)
-    for name, module in base.named_modules():
+    for name, module in model.get_base_model().named_modules():
         if not isinstance(module, AdapterLayer):
             continue
         at = f"{name}." if name else ""
-        if isinstance(module, FusedLayer) and module.adapters:
-            adapted.add(f"{name}.bias")
         in_file = f"{module.saved_as}." if module.saved_as else f"{prefix}{at}"
         in_file = in_file if module.names_in_file else ""
-        for key, entry in module.adapter_tensors(adapter_name).items():
-            entries[f"{in_file}{key}"] = entry._replace(key=f"{PREFIX}{at}{entry.key}")
-    if not entries:  # trained biases outlast an unloading, and are no adapter
-        raise ValueError(
-            f"model: has nothing of adapter {adapter_name!r} left, for its adapters were merged and unloaded; save before "
-            "merge_and_unload, and load into a model that get_peft_model made anew"
-        )
+        entries = {
+            f"{in_file}{key}": entry._replace(key=f"{PREFIX}{at}{entry.key}")
+            for key, entry in module.adapter_tensors(adapter_name).items()
+        }
+        yield in_file, module, entries
+
+
+def biases_of(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
+    """Key in the file -> entry, for the biases of the base that one adapter trains."""
+    base, entries = model.get_base_model(), {}
+    adapted = {f"{name}.bias" for name, m in base.named_modules() if isinstance(m, FusedLayer) and m.adapters}  # fmt: skip
     for name, bias in trained_biases(base, model.peft_config[adapter_name]).items():
         in_file = f"{name.removesuffix('bias')}base_layer.bias" if name in adapted else name
         entries[f"{PREFIX}{in_file}"] = AdapterTensor(f"{PREFIX}{name}", bias)
     return entries
 
 
-def _embedding_entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
+def _entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
+    """Key in the file -> entry, for everything that belongs to one adapter."""
+    entries: dict[str, AdapterTensor] = {}
+    for _, _, own in layers_of(model, adapter_name):
+        entries |= own
+    if not entries:  # trained biases outlast an unloading, and are no adapter
+        raise ValueError(
+            f"model: has nothing of adapter {adapter_name!r} left, for its adapters were merged and unloaded; save before "
+            "merge_and_unload, and load into a model that get_peft_model made anew"
+        )
+    return entries | biases_of(model, adapter_name)
+
+
+def embedding_entries(model: PeftModel, adapter_name: str) -> dict[str, AdapterTensor]:
     """Base weights that PEFT adds to the file of a transformers model: embeddings that were
     resized, or an adapted output layer's. They are read if they are there; ``save_adapter`` does
     not write them."""
@@ -334,7 +366,8 @@ def find_folder(path: Path, adapter_name: str) -> Path:
     return folder
 
 
-def _weights_file(folder: Path, config: PeftConfig) -> Path:
+def weights_file(folder: Path, config: PeftConfig) -> Path:
+    """The file of an adapter's tensors in its folder; FileNotFoundError if it is not there."""
     file = folder / config.weights_name
     if not file.is_file():
         pickle = (folder / PICKLE_NAME).is_file() and config.weights_name != WEIGHTS_NAME
@@ -345,20 +378,13 @@ def _weights_file(folder: Path, config: PeftConfig) -> Path:
     return file
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors on the CPU; ValueError if it is torn."""
-    try:
-        with safe_open(file, framework="pt", device="cpu") as stored:
-            keys = stored.keys()  # not a dict: it cannot be iterated itself
-            return {key: stored.get_tensor(key) for key in keys}
-    except (SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); copy or write it again"
-        ) from None
-
-
-def _fill(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    pairs = matching(model, adapter_name, tensors)
+def _fill(
+    model: PeftModel,
+    adapter_name: str,
+    tensors: dict[str, Tensor],
+    behind: Mapping[str, Tensor] = {},
+) -> None:
+    pairs = matching(model, adapter_name, tensors, behind)
     for entry, _ in pairs:
         if is_sharded(entry.tensor):
             raise ValueError(f"{entry.key}: is sharded; load the adapter before fully_shard")
@@ -389,29 +415,43 @@ def _check_ties(pairs: list[tuple[AdapterTensor, Tensor]]) -> None:
 
 
 def matching(
-    model: PeftModel, adapter_name: str, tensors: dict[str, Tensor]
+    model: PeftModel,
+    adapter_name: str,
+    tensors: dict[str, Tensor],
+    behind: Mapping[str, Tensor] = {},
 ) -> list[tuple[AdapterTensor, Tensor]]:
     """Every tensor of an adapter in ``model``, and its value in a file's ``tensors``; nothing is changed.
 
+    Args:
+        behind: what TRAINING_NAME has beside that file.
+
     Raises:
-        ValueError: keys, shapes or dtypes do not fit.
+        ValueError: keys, shapes or dtypes do not fit; or values that the model computes cannot be told from the files.
     """
     entries = _entries(model, adapter_name)
     own_keys = model.peft_config[adapter_name].own_keys
     tensors = dict(own_keys(tensors, set(entries), model.get_base_model(), adapter_name))
     entries |= {
-        k: entry for k, entry in _embedding_entries(model, adapter_name).items() if k in tensors
+        k: entry for k, entry in embedding_entries(model, adapter_name).items() if k in tensors
     }
-    tensors = {k: v for k, v in tensors.items() if k in entries or not _is_shadow(k, adapter_name)}
+    tensors = {k: v for k, v in tensors.items() if k in entries or not is_shadow(k, adapter_name)}
     _check_keys(entries, tensors, model)
+    computed = {key: entry for key, entry in entries.items() if entry.compute is not None}
+    for key, entry in entries.items():
+        if entry.narrow is not None:
+            raise ValueError(f"{key}: is a slot for hot-swapping here, wider than the adapter in it; hotswap_adapter fills it")  # fmt: skip
+    for key, own in _behind(model, computed).items():
+        if key not in behind:
+            raise ValueError(
+                f"{key.partition('.')[0]}: the file holds what a network made, which cannot be told from it, and adapter "
+                f"{adapter_name!r} has that network, which {TRAINING_NAME} would hold: save_adapter(resumable=True) writes "
+                "it. Without, load it frozen under a new name or into a base model, and set_adapter(name) then trains the "
+                "values themselves"
+            )
+        entries[key], tensors[key] = AdapterTensor(key, own), behind[key]
+    entries = {key: entry for key, entry in entries.items() if key not in computed}
     for key, entry in entries.items():
         value, target = tensors[key], entry.tensor
-        if entry.compute is not None:
-            raise ValueError(
-                f"{key}: the file holds what a network made, which cannot be told from it, and adapter {adapter_name!r} "
-                "has that network; load it frozen under a new name or into a base model, and set_adapter(name) then trains "
-                "the values themselves"
-            )
         if value.shape != target.shape:
             raise ValueError(
                 f"{key}: has shape {tuple(value.shape)} in the file where the model needs "
@@ -419,6 +459,14 @@ def matching(
             )
         if target.is_floating_point():
             check_value(key, value)
+    for key, entry in computed.items():
+        assert entry.compute is not None
+        made, value = entry.compute(_below(f"{key}.", behind)).double(), tensors[key].double()
+        if made.shape != value.shape or not (made - value).norm() <= _SAME_TOKENS * value.norm():
+            raise ValueError(
+                f"{TRAINING_NAME}: makes other values than {WEIGHTS_NAME} has; the two were not saved together. Save the adapter again, or "
+                "delete the former and load the latter frozen"
+            )
     return [(entry, tensors[key]) for key, entry in entries.items()]
 
 
@@ -430,7 +478,7 @@ def check_value(key: str, value: Tensor) -> None:
         )
 
 
-def _is_shadow(key: str, adapter_name: str) -> bool:
+def is_shadow(key: str, adapter_name: str) -> bool:
     """With bias="all", PEFT also stores the biases of a modules_to_save module a second time, and
     the frozen original's."""
     return key.endswith(
@@ -453,43 +501,3 @@ def _check_keys(
             f"{type(model.get_base_model()).__name__}'s adapter has; it was made for other "
             "modules, or is torn"
         )
-
-
-# Writing.
-
-
-def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, as safetensors wants them."""
-    seen: set[int] = set()
-    result = {}
-    for key, value in tensors.items():
-        if is_sharded(value):
-            raise ValueError(
-                f"{key}: is sharded; gather it on all ranks and pass state_dict=..., with keys as "
-                "in model.state_dict()"
-            )
-        value = value.detach().cpu().contiguous()
-        pointer = value.untyped_storage().data_ptr()
-        result[key] = value.clone() if pointer in seen else value
-        seen.add(pointer)
-    return result
-
-
-def _write_together(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Write every file beside its place, then move them all in."""
-    suffix = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    drafts = {place: place.with_name(f".{place.name}{suffix}") for place in writers}
-    try:
-        for place, write in writers.items():
-            write(drafts[place])
-            with open(drafts[place], "rb+") as file:
-                os.fsync(file.fileno())
-        for place, draft in drafts.items():
-            os.replace(draft, place)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"could not write {place}: {error}. Free some space or choose another folder"
-        ) from error
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)

@@ -1,56 +1,79 @@
 """Hot-swapping: another adapter takes the place of one that is there, in the same memory.
 
-No tensor, shape or setting that a compiled model or a CUDA graph has seen changes but for values: factors are copied into slots
-of a fixed rank, zeros where the adapter's own ends, and its scaling is a number on the device.
+No tensor, shape or setting that a compiled model or a CUDA graph has seen changes but for values. LoRA's factors are copied into
+slots of a fixed rank, zeros where the adapter's own ends, and its scaling is a number on the device; what else an adapter has
+(magnitudes, biases, copies, rows, vectors, norms, virtual tokens) is of one size, and is copied.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..layers import AdapterLayer, LoRALayer
+from ..layers import LoRALayer
+from ..layers.adapter import AdapterTensor
 from ..layers.inits import changes_base_weight
-from ..methods import LoraConfig
+from ..methods import LoraConfig, PeftConfig
 from ..methods.checks import check_rank
 from ..methods.matching import pattern_value
 from ..models.peft_model import PeftModel
-from .adapter import PREFIX, WEIGHTS_NAME, check_value, find_folder, read_tensors
+from .adapter import (
+    PREFIX,
+    biases_of,
+    check_value,
+    embedding_entries,
+    find_folder,
+    is_shadow,
+    layers_of,
+    matching,
+    weights_file,
+)
+from .files import read_tensors
 
-_FACTORS = {"lora_A.weight", "lora_B.weight"}
+# Fields by which a model was built, beside those that a configuration calls the meaning of its tensors.
+_BUILT_IN = ("lora_dropout", "dropout", "use_dora", "lora_bias", "bias", "target_parameters")
+# Of that meaning: what is swapped with the tensors.
+_SWAPPED = ("lora_alpha", "use_rslora", "alpha_pattern")
 
-
-class _Swap(NamedTuple):
-    layer: LoRALayer
-    a: Tensor
-    b: Tensor
-    lora_alpha: float
+Write = Callable[[], None]
 
 
 def prepare_hotswap(model: PeftModel, target_rank: int, adapter_name: str = "default") -> None:
     """Widen a LoRA adapter's parameters so that adapters of up to ``target_rank`` can take its place.
 
     Call it before ``torch.compile``, the optimizer and CUDA graphs: it makes new Parameters, once. The adapter computes and
-    trains as before (the zeros that are added get gradients of zero), and is saved at its own rank.
+    trains as before (the zeros that are added get gradients of zero), and is saved at its own rank. Other methods need no
+    preparation.
 
     Raises:
         TypeError: ``model`` is no fastlora.PeftModel.
         ValueError: there is no such adapter, it is not LoRA or has larger ranks, or adapters are merged. The model is then
             as it was.
     """
-    _lora_config(model, adapter_name)
+    config = _config(model, adapter_name)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"adapter_name: {adapter_name!r} is {config.peft_type}; LoRA adapters alone have ranks, others are hot-swapped as "
+            "they are"
+        )
     check_rank("target_rank", target_rank)
     model.check_parameters("prepare_hotswap")
-    layers = _layers(model, adapter_name)
+    layers = {
+        name: layer
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoRALayer) and adapter_name in layer.r
+    }
     for name, layer in layers.items():
         if layer.lora_A[adapter_name].is_meta:
             raise ValueError(
                 f"model: {name!r} is on the meta device; give it real parameters first (to_empty)"
             )
-        own = layer.lora_A[adapter_name].shape[0]
+        own = layer.slot_rank(adapter_name)
         if own > target_rank:
             raise ValueError(
                 f"target_rank: got {target_rank}; the adapter has rank {own} at {name!r}; accepted is that or more"
@@ -62,10 +85,10 @@ def prepare_hotswap(model: PeftModel, target_rank: int, adapter_name: str = "def
 def hotswap_adapter(
     model: PeftModel, path: str | os.PathLike[str], adapter_name: str = "default"
 ) -> None:
-    """Put the LoRA adapter in the folder ``path`` in the place of ``adapter_name``, whose parameters keep their memory.
+    """Put the adapter in the folder ``path`` in the place of ``adapter_name``, whose parameters keep their memory.
 
-    Its ranks may be anything up to those of the parameters (see ``prepare_hotswap``), its scaling anything; modules that it
-    does not adapt are left to the base. Whether it is active and trains stays as it is.
+    Of LoRA its ranks may be anything up to those of the parameters (see ``prepare_hotswap``), its scaling anything. Modules
+    that it does not adapt are left to the base. Whether it is active and trains stays as it is.
 
     Args:
         model: a ``fastlora.PeftModel``.
@@ -75,62 +98,23 @@ def hotswap_adapter(
     Raises:
         TypeError: ``model`` is no fastlora.PeftModel.
         FileNotFoundError: a file is missing.
-        ValueError, NotImplementedError: a file is torn, or the adapter does not fit: no LoRA, other modules, a larger rank,
-            another dropout, more than A and B. The model is then as it was.
+        ValueError, NotImplementedError: a file is torn, or the adapter does not fit: another method, other modules or sizes, a
+            larger rank, another dropout. The model is then as it was.
     """
-    own = _lora_config(model, adapter_name)
+    own = _config(model, adapter_name)
     model.check_parameters("hotswap_adapter")
     folder = find_folder(Path(path), adapter_name)
-    config = LoraConfig.from_pretrained(folder)
-    for init in (own.init_lora_weights, config.init_lora_weights):
-        if changes_base_weight(init):
-            raise ValueError(
-                f"init_lora_weights: {init!r} means a base weight of its own, which is not swapped; convert the adapter first "
-                "(save_pretrained's path_initial_model_for_weight_conversion)"
-            )
-    if config.lora_dropout != own.lora_dropout:
-        raise ValueError(
-            f"lora_dropout: {folder} has {config.lora_dropout}, the adapter in its place {own.lora_dropout}; accepted is the "
-            "same, which a compiled model has built in"
-        )
-    tensors = read_tensors(folder / WEIGHTS_NAME)
-    layers = _layers(model, adapter_name)
-    swaps = [_plan(name, layer, adapter_name, config, tensors) for name, layer in layers.items()]
-    if tensors:
-        raise ValueError(
-            f"{WEIGHTS_NAME}: has {sorted(tensors)[:3]} ({len(tensors)} in all), for which adapter {adapter_name!r} has no place; "
-            "load_adapter it beside the others instead"
-        )
-    for layer, a, b, lora_alpha in swaps:
-        layer.fill_slot(adapter_name, a, b, lora_alpha, config.use_rslora)
-    config.inference_mode = own.inference_mode
+    config = PeftConfig.from_pretrained(folder)
+    _check_fields(own, config, folder)
+    tensors = read_tensors(weights_file(folder, config))
+    for write in _writes(model, adapter_name, config, tensors):
+        write()
+    for field in ("inference_mode", *own.unsaved):
+        setattr(config, field, getattr(own, field))
     model.peft_config[adapter_name] = config
 
 
-def _plan(
-    name: str, layer: LoRALayer, adapter_name: str, config: LoraConfig, tensors: dict[str, Tensor]
-) -> _Swap:
-    """What goes into ``layer``; it is taken out of ``tensors``."""
-    slot_a, slot_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    keys = [f"{PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B")]
-    a, b = (tensors.pop(key, None) for key in keys)
-    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    if a is None and b is None:  # the adapter leaves this module alone: rank 0
-        return _Swap(layer, slot_a[:0], slot_b[:, :0], alpha)
-    if a is None or b is None:
-        raise ValueError(f"{keys[a is not None]}: is missing; the file is torn")
-    for key, value in zip(keys, (a, b), strict=True):
-        check_value(key, value)
-    r = a.shape[0]
-    if a.shape[1:] != slot_a.shape[1:] or b.shape != (slot_b.shape[0], r) or r > slot_a.shape[0]:
-        raise ValueError(
-            f"{keys[0]}: is {list(a.shape)}, beside {list(b.shape)}; accepted are [r, {slot_a.shape[1]}] and "
-            f"[{slot_b.shape[0]}, r] with r up to {slot_a.shape[0]}: prepare_hotswap(model, target_rank) makes room for more"
-        )
-    return _Swap(layer, a, b, alpha)
-
-
-def _lora_config(model: PeftModel, adapter_name: str) -> LoraConfig:
+def _config(model: PeftModel, adapter_name: str) -> PeftConfig:
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"model: got {type(model).__name__}; accepted is a fastlora.PeftModel. A stock peft model, accelerated or not, has "
@@ -141,24 +125,137 @@ def _lora_config(model: PeftModel, adapter_name: str) -> LoraConfig:
         raise ValueError(
             f"adapter_name: got {adapter_name!r}; this model has {sorted(model.peft_config)}"
         )
-    if not isinstance(config, LoraConfig):
-        raise ValueError(
-            f"adapter_name: {adapter_name!r} is {config.peft_type}; only LoRA adapters are hot-swapped"
-        )
     return config
 
 
-def _layers(model: PeftModel, adapter_name: str) -> dict[str, LoRALayer]:
-    """Name in the base model -> layer, of those that have the adapter; refused where it is more than A and B."""
-    layers: dict[str, LoRALayer] = {}
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, AdapterLayer) or adapter_name not in layer.adapters:
-            continue
-        more = set(layer.adapter_tensors(adapter_name)) - _FACTORS
-        if not isinstance(layer, LoRALayer) or not layer.is_linear or more:
+def _check_fields(own: PeftConfig, config: PeftConfig, folder: Path) -> None:
+    """ValueError if the two adapters are not of one make."""
+    if own.peft_type != config.peft_type:
+        raise ValueError(
+            f"peft_type: {folder} has {config.peft_type}, the adapter in its place {own.peft_type}; load_adapter it into a model "
+            "of its own"
+        )
+    for one in (own, config):
+        init = getattr(one, "init_lora_weights", True)
+        if changes_base_weight(init):
             raise ValueError(
-                f"adapter_name: {adapter_name!r} has more than A and B at {name!r}, a {type(layer).__name__}; load_adapter it "
-                "beside the others instead"
+                f"init_lora_weights: {init!r} means a base weight of its own, which is not swapped; convert the adapter first "
+                "(save_pretrained's path_initial_model_for_weight_conversion)"
             )
-        layers[name] = layer
-    return layers
+    fields = {*own.meaning, *_BUILT_IN, *(["task_type"] if own.is_prompt_learning else [])}
+    for field in sorted(fields - set(_SWAPPED)):
+        ours, theirs = (_plain(getattr(one, field, None)) for one in (own, config))
+        if ours != theirs:
+            raise ValueError(
+                f"{field}: {folder} has {theirs!r}, the adapter in its place {ours!r}; accepted is the same, which a compiled "
+                "model has built in"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, set)) else value
+
+
+# Everything is checked before anything is written.
+
+
+def _writes(
+    model: PeftModel, adapter_name: str, config: PeftConfig, tensors: dict[str, Tensor]
+) -> list[Write]:
+    """What puts a file's ``tensors`` in the place of an adapter's.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if config.is_prompt_learning:
+        pairs = matching(model, adapter_name, tensors)
+        return [_copying(entry.tensor, value) for entry, value in pairs]
+    layers = [item for item in layers_of(model, adapter_name) if adapter_name in item[1].adapters]
+    known = {key for _, _, entries in layers for key in entries}
+    left = dict(config.own_keys(tensors, known, model.get_base_model(), adapter_name))
+    writes = []
+    for prefix, layer, entries in layers:
+        if isinstance(layer, LoRALayer):
+            assert isinstance(config, LoraConfig)
+            writes.append(_into_slot(prefix, layer, adapter_name, config, left))
+        else:
+            neutral = {f"{prefix}{k}": v for k, v in layer.neutral_tensors(adapter_name).items()}
+            writes += _into_place(entries, left, neutral)
+    writes += _into_place(biases_of(model, adapter_name), left, {})
+    for key, entry in embedding_entries(model, adapter_name).items():
+        if key in left and torch.equal(left[key].to(entry.tensor), entry.tensor):
+            del left[key]  # PEFT stores the base's embeddings beside adapters of them
+    left = {key: value for key, value in left.items() if not is_shadow(key, adapter_name)}
+    if left:
+        raise ValueError(
+            f"{config.weights_name}: has {sorted(left)[:3]} ({len(left)} in all), for which adapter {adapter_name!r} has no "
+            "place; load_adapter it beside the others instead"
+        )
+    return writes
+
+
+def _into_place(
+    entries: Mapping[str, AdapterTensor], tensors: dict[str, Tensor], neutral: Mapping[str, Tensor]
+) -> list[Write]:
+    """Copies of a file's tensors, taken out of ``tensors``; of ``neutral`` ones where the file has none of these."""
+    values = tensors if any(key in tensors for key in entries) else dict(neutral)
+    writes = []
+    for key, entry in entries.items():
+        value = values.pop(key, None)
+        if value is None:
+            raise ValueError(f"{key}: is missing; the file is torn, or the adapter another")
+        _check(key, value, entry.tensor.shape, entry.tensor.is_floating_point())
+        writes.append(_copying(entry.tensor, value))
+    return writes
+
+
+def _into_slot(
+    prefix: str, layer: LoRALayer, adapter_name: str, config: LoraConfig, tensors: dict[str, Tensor]
+) -> Write:
+    """What fills LoRA's slot in ``layer``; it is taken out of ``tensors``."""
+    slot_a, slot_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    keys = [f"{prefix}{key}" for key in layer.factor_keys]
+    a, b = (tensors.pop(key, None) for key in keys)
+    name = layer.pattern_name(prefix.removeprefix(PREFIX).removesuffix("."))
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    more: dict[str, Tensor] = {}
+    if a is None and b is None:  # the adapter leaves this module alone: rank 0
+        a, b = slot_a[:0], slot_b[:, :0]
+    elif a is None or b is None:
+        raise ValueError(f"{keys[a is not None]}: is missing; the file is torn")
+    else:
+        ranks, most = a.shape[0], layer.slot_rank(adapter_name)
+        fits = a.shape[1:] == slot_a.shape[1:] and b.shape == (slot_b.shape[0], ranks)
+        if not fits or ranks % layer.stacked or ranks > slot_a.shape[0]:
+            many = f" times {layer.stacked}" if layer.stacked > 1 else ""
+            raise ValueError(
+                f"{keys[0]}: is {list(a.shape)}, beside {list(b.shape)}; accepted are [r, {slot_a.shape[1]}] and "
+                f"[{slot_b.shape[0]}, r] with r up to {most}{many}: prepare_hotswap(model, target_rank) makes room for more"
+            )
+        for key, value in zip(keys, (a, b), strict=True):
+            check_value(key, value)
+        for key, slot in layer.more_tensors(adapter_name).items():
+            found = tensors.pop(f"{prefix}{key}", None)
+            if found is None:
+                raise ValueError(f"{prefix}{key}: is missing; the file is torn")
+            _check(f"{prefix}{key}", found, slot.shape, True)
+            more[key] = found
+    factors = a, b
+    return lambda: layer.fill_slot(adapter_name, *factors, alpha, config.use_rslora, more)
+
+
+def _check(key: str, value: Tensor, shape: torch.Size, is_float: bool) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{key}: is {list(value.shape)}; accepted is {list(shape)}, as the adapter in its place has"
+        )
+    if is_float:
+        check_value(key, value)
+
+
+def _copying(target: Tensor, value: Tensor) -> Write:
+    def write() -> None:
+        with torch.no_grad():
+            target.copy_(value)
+
+    return write

@@ -1,14 +1,15 @@
 """``merge_checkpoint``: an adapter's folder merged into a model's, layer by layer, as files.
 
 The model is made without memory (on the meta device) with the adapter's layers in it; one of them at a time gets its weight and the
-adapter's values, and writes W + s B A. So merging takes the memory of a layer and a shard, not of the model.
+adapter's values, and writes what they come to. So merging takes the memory of a layer and a shard, not of the model. Tensors that
+transformers makes of others (stacked experts of single ones) are made for a moment, and written as they were stored.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import AdapterLayer, LoRALinear, QLoRALinear, TrainableCopy
-from ..layers.fused import FusedLayer
 from ..methods import LoraConfig, PeftConfig
 from ..models.entry import plan
 from ..models.merge import MergeReport
@@ -25,8 +24,10 @@ from ..models.peft_model import PeftModel
 from ..quant import NF4Tensor
 from ..quant.checkpoint import keys_of, open_checkpoint, quantized_names, read_weight, write_weight
 from ..quant.conversion import Conversion, describe
-from .adapter import PREFIX, WEIGHTS_NAME, find_folder, matching, read_tensors
+from .adapter import PREFIX, WEIGHTS_NAME, find_folder, matching
 from .checkpoint import replacing_directory
+from .files import read_tensors
+from .merge_units import Unit, Work
 from .shards import SHARD_BYTES, Shards, copy_rest
 
 _AUTO = {
@@ -69,7 +70,7 @@ def merge_checkpoint(
     Raises:
         FileNotFoundError: ``source`` or ``adapter`` is incomplete.
         ValueError, NotImplementedError: they do not belong together, one is damaged, the method does not merge, or transformers
-            computes an adapted weight of several stored ones.
+            computes an adapted weight of stored ones and does not tell how to undo that.
         ImportError: transformers is not installed.
     """
     source, target = Path(source), Path(target)
@@ -79,10 +80,11 @@ def merge_checkpoint(
     config = _mergeable(PeftConfig.from_pretrained(folder))
     raw: dict[str, Any] = json.loads((source / "config.json").read_text())
     model = _on_meta(source, config, raw)
-    conversion, tied = Conversion(model), _tied_keys(model)
+    conversion, tied = Conversion(_on_meta(source, config, raw)), _tied_keys(model)
     wrapped = _with_adapter(model, config)
     values = matching(wrapped, "default", read_tensors(folder / WEIGHTS_NAME))
-    work = _Work(wrapped, {entry.key.removeprefix(PREFIX): value for entry, value in values})
+    named = {entry.key.removeprefix(PREFIX): value for entry, value in values}
+    work = Work(wrapped, named, getattr(config, "init_lora_weights", True))
     with ExitStack() as stack:
         where = open_checkpoint(source, stack, device)
         stored = _Stored(where, conversion, tied, work, keep_4bit)
@@ -96,9 +98,9 @@ def merge_checkpoint(
                 shards.add(tensors)
                 reports += report
             shards.add(stored.heads())
-            tensors, report = stored.untied()
-            if tensors:
+            if stored.is_untied:
                 raw["tie_word_embeddings"] = False
+                tensors, report = stored.untied()
                 shards.add(tensors)
                 reports += report
             shards.finish()
@@ -110,25 +112,21 @@ def merge_checkpoint(
     return reports
 
 
-def _mergeable(config: PeftConfig) -> LoraConfig:
-    """``config``, if what it adapts are weights of modules, as W + s B A."""
-    other = None
-    if not isinstance(config, LoraConfig):
-        other = f"peft_type: is {config.peft_type}"
-    else:
-        for field in ("target_parameters", "trainable_token_indices"):
-            if getattr(config, field):
-                other = f"{field}: got {getattr(config, field)!r}"
-    if other is not None:
+def _mergeable(config: PeftConfig) -> PeftConfig:
+    """``config``, if what it trains can be put into weights."""
+    why = None
+    if config.is_prompt_learning:
+        why = "virtual tokens are input to the model, and no change of its weights"
+    elif config.peft_type == "BOTTLENECK":
+        why = "there is an activation between its two projections, which no weight of the model can hold"
+    if why is not None:
         raise NotImplementedError(
-            f"{other}; merged into files is LoRA of whole modules. What else can be merged is in a model: load_adapter, "
-            "merge_and_unload() and save_pretrained"
+            f"peft_type: is {config.peft_type}, which cannot be merged: {why}. Keep the adapter beside the base"
         )
-    assert isinstance(config, LoraConfig)
     return config
 
 
-def _on_meta(source: Path, config: LoraConfig, raw: dict[str, Any]) -> nn.Module:
+def _on_meta(source: Path, config: PeftConfig, raw: dict[str, Any]) -> nn.Module:
     import transformers
 
     of_model: Any = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
@@ -152,93 +150,22 @@ def _tied_keys(model: Any) -> tuple[str, str] | None:
     return f"{names[id(ends[0])]}.weight", f"{names[id(ends[1])]}.weight"
 
 
-def _with_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
+def _with_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
     config = copy.deepcopy(config)
-    config.init_lora_weights = True  # no values are drawn; PiSSA would look for the weight's
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True  # no values are drawn; PiSSA would look for the weight's
     injection = plan(model, config)
     injection.apply()
     return injection.wrap()
 
 
-class _Layer(NamedTuple):
-    """An adapter layer on the meta device: its name in the model, and the keys of its base there."""
+class _Group(NamedTuple):
+    """Stored tensors of which transformers makes others, that the adapter changes."""
 
-    name: str
-    layer: AdapterLayer
-    keys: tuple[str, ...]
-
-
-class _Work:
-    """What the adapter changes: layers to merge, and tensors that take the place of others (copies, trained biases)."""
-
-    def __init__(self, wrapped: PeftModel, values: dict[str, Tensor]) -> None:
-        base = wrapped.get_base_model()
-        self.layers: dict[str, _Layer] = {}  # key of a base tensor -> its layer
-        self.replaced: dict[str, Tensor] = {}
-        inside: set[str] = set()
-        self._values = values
-        for name, layer in base.named_modules():
-            if not isinstance(layer, AdapterLayer) or not layer.adapter_tensors("default"):
-                continue
-            tensors = layer.adapter_tensors("default")
-            inside |= {f"{name}.{entry.key}" for entry in tensors.values()}
-            if isinstance(layer, TrainableCopy):
-                for key, entry in tensors.items():
-                    self.replaced[f"{name}.{key}"] = values[f"{name}.{entry.key}"]
-                continue
-            found = _Layer(name, layer, tuple(_base_keys(name, layer, tensors)))
-            self.layers |= dict.fromkeys(found.keys, found)
-        self.replaced |= {
-            key.replace(".base_layer.", "."): value
-            for key, value in values.items()
-            if key not in inside
-        }
-
-    def merge(
-        self, found: _Layer, base: dict[str, Tensor | NF4Tensor]
-    ) -> tuple[dict[str, Any], MergeReport]:
-        """The base tensors of a layer with the adapter in them, given its base tensors."""
-        name, layer, _ = found
-        live, device = _alive(name, layer, base), base[f"{name}.weight"].device
-        for entry in layer.adapter_tensors("default").values():
-            value = entry.turned(self._values[f"{name}.{entry.key}"])
-            _assign(live, entry.key, value.to(device))
-        made = live.merged_weight()
-        merged: dict[str, Any] = {**base, f"{name}.weight": made.weight}
-        if f"{name}.bias" in base and isinstance(live, FusedLayer):
-            merged[f"{name}.bias"] = live.merged_bias()
-        return merged, MergeReport(name, made.error, made.update)
-
-
-def _base_keys(name: str, layer: AdapterLayer, own: dict[str, Any]) -> Iterator[str]:
-    adapter = {entry.key for entry in own.values()}
-    for key in layer.state_dict():
-        if key not in adapter:
-            yield f"{name}.{key.removeprefix('base_layer.')}"
-
-
-def _alive(name: str, layer: AdapterLayer, base: dict[str, Tensor | NF4Tensor]) -> AdapterLayer:
-    """A copy of ``layer`` with real base tensors; over a 4-bit weight a QLoRALinear."""
-    weight = base[f"{name}.weight"]
-    if isinstance(weight, NF4Tensor):
-        assert isinstance(layer, LoRALinear)
-        live: AdapterLayer = QLoRALinear.from_quantized(weight, base.get(f"{name}.bias"), r=None)  # type: ignore[arg-type]
-        for attribute in layer.by_adapter:
-            setattr(live, attribute, copy.deepcopy(getattr(layer, attribute)))
-        live.active_adapters = list(layer.active_adapters)
-        return live
-    live = copy.deepcopy(layer)
-    inner = "base_layer." if hasattr(layer, "base_layer") else ""
-    for key, value in base.items():
-        assert isinstance(value, Tensor)
-        _assign(live, f"{inner}{key.removeprefix(name + '.')}", value)
-    return live
-
-
-def _assign(module: nn.Module, key: str, value: Tensor) -> None:
-    path, _, leaf = key.rpartition(".")
-    owner = module.get_submodule(path) if path else module
-    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    first: str  # of the model's keys that it makes
+    rule: Any
+    stored: list[str]
+    makes: list[str]
 
 
 class _Stored:
@@ -249,33 +176,52 @@ class _Stored:
         where: dict[str, Callable[[str], Tensor]],
         conversion: Conversion,
         tied: tuple[str, str] | None,
-        work: _Work,
+        work: Work,
         keep_4bit: bool,
     ) -> None:
         self._where, self._work, self._keep_4bit = where, work, keep_4bit
+        self._conversion, self._tied = conversion, tied
         self._kinds = quantized_names(where)
         parts = {k for name, kind in self._kinds.items() for k in keys_of(name, kind)}
         weights = {f"{name}.weight" for name in self._kinds}
         self._keys = [key for key in where if key not in parts or key in weights]
-        self._targets: dict[str, str] = {}  # the model's key -> the stored one
-        touched = set(work.layers) | set(work.replaced)
+        self._plain: dict[str, str] = {}  # the model's key -> the stored one
+        rules: dict[str, tuple[Any, list[str]]] = {}
         for key in self._keys:
             to, rule = conversion.target(key)
             if rule is None:
-                self._targets[to] = key
-            elif to in touched:
-                raise ValueError(
-                    f"{key}: transformers computes {to} of it and others ({describe(rule)}), and the adapter changes {to}; load the "
-                    "model, save it with save_pretrained(save_original_format=False), and merge into that"
-                )
-        self._model_keys = {stored: to for to, stored in self._targets.items()}
-        self._tied = tied if tied is not None and tied[0] not in self._targets else None
-        unknown = sorted(set(work.layers) - set(self._targets) - set(self._tied or ()))
+                self._plain[to] = key
+            else:
+                rules.setdefault(to, (rule, []))[1].append(key)
+        self._groups: dict[str, _Group] = {}  # by the keys that they make
+        for to, (rule, stored) in rules.items():
+            group = _Group(to, rule, stored, conversion.makes(to, rule))
+            if work.touched & set(group.makes):
+                self._check_group(group)
+                self._groups |= dict.fromkeys(group.makes, group)
+        self._model_keys = {stored: to for to, stored in self._plain.items()}
+        self._model_keys |= {k: g.first for g in self._groups.values() for k in g.stored}
+        here = {*self._plain, *self._groups}
+        if tied is not None and tied[0] in work.follows and tied[0] in here:
+            self._keys.remove(self._plain.pop(tied[0]))  # the model ties it again
+            here.discard(tied[0])
+        self.is_untied = tied is not None and bool(
+            work.touched & set(tied) and tied[0] not in work.follows
+        )
+        unknown = sorted(set(work.units) - here - set(tied or ()))
         if unknown:
             raise ValueError(
                 f"{unknown[0]}: the adapter changes it, and the source lacks it; the adapter was made for another model"
             )
-        self._merged: dict[str, dict[str, Any]] = {}
+        self._ready: dict[str, Any] = {}  # what was made beside something else, by stored keys
+        self._reports: list[MergeReport] = []
+
+    def _check_group(self, group: _Group) -> None:
+        if self._keep_4bit and any(k.removesuffix(".weight") in self._kinds for k in group.stored):
+            raise ValueError(
+                f"keep_4bit: {group.stored[0]} is in 4 bits, and transformers computes {group.first} of it and others "
+                f"({describe(group.rule)}), which the adapter changes; merge into floats"
+            )
 
     def plain_keys(self) -> list[str]:
         """The stored keys, a 4-bit weight's parts under its first."""
@@ -290,46 +236,78 @@ class _Stored:
             return read_weight(self._stored, name, self._kinds[name])
         return self._where[key](key)
 
+    def _floats(self, key: str) -> Tensor:
+        value = self._read(key)
+        return value.dequantize() if isinstance(value, NF4Tensor) else value
+
     def merged(self, key: str) -> tuple[dict[str, Tensor], list[MergeReport]]:
         """What is written for a stored key."""
-        to, reports = self._model_keys.get(key), []
-        found = self._work.layers.get(to) if to is not None else None
-        if to in self._work.replaced and found is None:
-            return {key: self._work.replaced[to].to(self._read(key).dtype)}, []
-        if found is None or to is None:
-            return self._written(key, self._read(key)), []
-        if found.name not in self._merged:
-            base = {k: self._read(self._targets[k]) for k in found.keys if k in self._targets}
-            base |= {k: self._work.replaced[k] for k in base if k in self._work.replaced}
-            if not self._keep_4bit:
-                base = {
-                    k: v.dequantize() if isinstance(v, NF4Tensor) else v for k, v in base.items()
-                }
-            made, report = self._work.merge(found, base)
-            self._merged[found.name] = made
-            reports.append(report)
-        return self._written(key, self._merged[found.name].pop(to)), reports
+        to = self._model_keys.get(key)
+        if key not in self._ready and (to in self._work.touched or to in self._groups):
+            assert to is not None
+            self._make(to)
+        value = self._ready.pop(key) if key in self._ready else self._read(key)
+        reports, self._reports = self._reports, []
+        return self._written(key, value), reports
+
+    def _make(self, key: str) -> None:
+        """Everything that has to be made together with the model's ``key``, for ``_ready``."""
+        groups, units = self._together(key)
+        made: dict[str, Any] = {}
+        for group in groups:
+            made |= self._conversion.compute(group.first, group.rule, group.stored, self._floats)
+        for unit in units:
+            for k in unit.keys:
+                if k not in made and k in self._plain:
+                    made[k] = self._read(self._plain[k]) if self._keep_4bit else self._floats(self._plain[k])  # fmt: skip
+        if not units and not groups:
+            made[key] = self._floats(self._plain[key])
+        for k, value in made.items():
+            if k in self._work.replaced:
+                made[k] = self._work.replaced[k].to(value.device, value.dtype)
+        for unit in units:
+            merged, report = self._work.merge(unit, {k: made[k] for k in unit.keys if k in made})
+            made |= merged
+            self._reports.append(report)
+        for group in groups:
+            parts = {k: made.pop(k) for k in group.makes}
+            self._ready |= self._conversion.undo(parts, group.stored)
+        self._ready |= {self._plain[k]: value for k, value in made.items()}
+
+    def _together(self, key: str) -> tuple[list[_Group], list[Unit]]:
+        """The groups and units that ``key`` belongs to, and those that share a tensor with one of them."""
+        groups: dict[str, _Group] = {}
+        units: dict[str, Unit] = {}
+        todo = [key]
+        while todo:
+            k = todo.pop()
+            group, unit = self._groups.get(k), self._work.units.get(k)
+            if group is not None and group.first not in groups:
+                groups[group.first] = group
+                todo += group.makes
+            if unit is not None and unit.name not in units:
+                units[unit.name] = unit
+                todo += unit.keys
+        return list(groups.values()), list(units.values())
 
     def heads(self) -> dict[str, Tensor]:
         """Modules trained whole that the source does not have at all: a classifier's head."""
-        known = {*self._targets, *(self._tied or ())}
+        known = {*self._plain, *self._groups, *(self._tied or ())}
         return {key: value for key, value in self._work.replaced.items() if key not in known}
 
     def untied(self) -> tuple[dict[str, Tensor], list[MergeReport]]:
         """The weight of an output layer that the source does not hold, for it is the embeddings', where the adapter changes
         one of the two."""
-        if self._tied is None:
-            return {}, []
+        assert self._tied is not None
         head, embedding = self._tied
-        touched = {*self._work.layers, *self._work.replaced}
-        if not touched & {head, embedding}:
+        if head in self._plain:
             return {}, []
-        weight = self._read(self._targets[embedding])
+        weight: Any = self._read(self._plain[embedding])
         reports: list[MergeReport] = []
         if head in self._work.replaced:
             weight = self._work.replaced[head].to(weight.dtype)
-        if head in self._work.layers:
-            made, report = self._work.merge(self._work.layers[head], {head: weight})
+        if head in self._work.units:
+            made, report = self._work.merge(self._work.units[head], {head: weight})
             weight, reports = made[head], [report]
         return self._written(head, weight), reports
 

@@ -37,13 +37,17 @@ class AdapterTensor(NamedTuple):
     """A tensor of an adapter: its key in the layer's state_dict, and the tensor itself.
 
     ``compute``: set where the file holds what is only computed from the adapter, and cannot be read back. ``key`` is then
-    a prefix, and ``compute`` makes the value from what a state_dict has under it. ``transposed``: ``tensor``, as the file has
-    it, is a view of what is under ``key``.
+    a prefix, and ``compute`` makes the value from what a state_dict has under it.
+
+    ``narrow``: set where the tensor is a copy, of a part of the parameter that is no block at its beginning; gives that part.
+
+    ``transposed``: ``tensor``, as the file has it, is a view of what is under ``key``.
     """
 
     key: str
     tensor: Tensor
     compute: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    narrow: Callable[[Tensor], Tensor] | None = None
     transposed: bool = False
 
     def turned(self, value: Tensor) -> Tensor:
@@ -80,6 +84,10 @@ class AdapterLayer(nn.Module):
         """What an adapter's file holds of this layer: key in the file, after the module's own name -> where it is here."""
         raise NotImplementedError
 
+    def neutral_tensors(self, name: str) -> dict[str, Tensor]:
+        """What a file would hold here of an adapter that changes nothing, for hot-swapping. {}: there is no such adapter."""
+        return {}
+
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """What trains of an adapter."""
         found: list[nn.Parameter] = []
@@ -101,6 +109,11 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError(
             f"a {type(self).__name__} cannot be merged: what it computes is no weight of its base"
         )
+
+    def without_adapters(self) -> nn.Module:
+        """What takes the layer's place once its adapters are gone: its base, with nothing merged into it."""
+        base: nn.Module = self.base_layer  # type: ignore[assignment]
+        return base
 
     def check_change(self, what: str) -> None:
         """ValueError if adapters are merged: they cannot be changed then."""

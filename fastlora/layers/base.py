@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -40,6 +41,7 @@ class LoRALayer(AdapterLayer):
 
     is_linear: ClassVar[bool] = True  # whether forward is that linear map
     factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    factor_keys: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")  # in a file
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
     # Matrices that one adapter's A [r * stacked, K] and B [N, r * stacked] are for: experts, say.
@@ -202,6 +204,12 @@ class LoRALayer(AdapterLayer):
         norms = exact_row_norms(self._base_rows(), *factors)
         return torch.where(norms > 0, self.lora_magnitude_vector[name].double() / norms, 0)
 
+    def take_factors_out(self, name: str, init: bool | str) -> None:
+        """Give the layer the base weight that an adapter began with under ``init`` (PiSSA, OLoRA): without its first factors."""
+        made = self._factors(init, self.r[name], self._own_scaling(name))
+        assert made.residual is not None
+        self._replace_base_weight(made.residual)
+
     def reset_adapters(self) -> None:
         """Initialise every adapter again from its own settings (after ``to_empty``, say).
 
@@ -227,18 +235,43 @@ class LoRALayer(AdapterLayer):
     def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
         if not self.r.get(name):
             return {}
-        a, b, ranks = self.lora_A[name], self.lora_B[name], self.r[name] * self.stacked
-        if a.shape[0] != ranks:  # a slot for hot-swapping is wider than the adapter in it
-            a, b = a[:ranks], b[:, :ranks]
         return {
-            "lora_A.weight": AdapterTensor(f"lora_A.{name}", a),
-            "lora_B.weight": AdapterTensor(f"lora_B.{name}", b),
+            **dict(zip(self.factor_keys, self._factor_entries(name), strict=True)),
             **{
-                key: AdapterTensor(f"{part}.{name}", getattr(self, part)[name])
-                for key, part in _MORE_KEYS.items()
-                if name in getattr(self, part)
+                key: AdapterTensor(f"{_MORE_KEYS[key]}.{name}", value)
+                for key, value in self.more_tensors(name).items()
             },
         }
+
+    def _factor_entries(self, name: str) -> list[AdapterTensor]:
+        """A and B as a file has them: of a slot for hot-swapping, the adapter's own ranks."""
+        a, b, r = self.lora_A[name], self.lora_B[name], self.r[name]
+        at_a, at_b = (f"{part}.{name}" for part in self.factor_names)
+        entries = [AdapterTensor(at_a, a), AdapterTensor(at_b, b[:, : r * self.stacked])]
+        if a.shape[0] == r * self.stacked:
+            entries[1] = AdapterTensor(at_b, b)
+        elif self.stacked == 1:
+            entries[0] = AdapterTensor(at_a, a[:r])
+        else:  # these rows are not a view of the slot's
+
+            def narrow(slot: Tensor) -> Tensor:
+                return self._by_matrix(slot)[:, :r].flatten(0, 1)
+
+            entries[0] = AdapterTensor(at_a, narrow(a), narrow=narrow)
+        return entries
+
+    def _by_matrix(self, a: Tensor) -> Tensor:
+        """An A [r * stacked, K] as [stacked, r, K], a view."""
+        return a.view(self.stacked, a.shape[0] // self.stacked, a.shape[1])
+
+    def pattern_name(self, module_name: str) -> str:
+        """What ``rank_pattern`` and ``alpha_pattern`` match: the name of what has the adapter."""
+        return module_name
+
+    def more_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """What an adapter has beside A and B, by its key in a file."""
+        found = {key: getattr(self, part).get(name) for key, part in _MORE_KEYS.items()}
+        return {key: value for key, value in found.items() if value is not None}
 
     def set_scale(self, name: str, scale: float) -> None:
         """Let an adapter act ``scale`` times as strongly as its ``lora_alpha`` says. A scaling that is a tensor is
@@ -260,10 +293,15 @@ class LoRALayer(AdapterLayer):
             self.scaling[name] = value
 
     def write_factors(self, name: str, a: Tensor, b: Tensor) -> None:
-        """Copy A [r, K] and B [N, r] into an adapter's parameters; ranks that are left over become zero."""
+        """Copy A [r * stacked, K] and B [N, r * stacked] into an adapter's parameters; ranks that are left over become zero."""
         with torch.no_grad():
-            self.lora_A[name].zero_()[: a.shape[0]].copy_(a)
+            slot = self._by_matrix(self.lora_A[name].zero_())
+            slot[:, : a.shape[0] // self.stacked].copy_(self._by_matrix(a))
             self.lora_B[name].zero_()[:, : b.shape[1]].copy_(b)
+
+    def slot_rank(self, name: str) -> int:
+        """The rank that an adapter's parameters have room for."""
+        return self.lora_A[name].shape[0] // self.stacked
 
     def widen_slot(self, name: str, rank: int) -> None:
         """Give an adapter parameters of ``rank``, zeros where its own ends, and a scaling that is read on the device:
@@ -274,23 +312,41 @@ class LoRALayer(AdapterLayer):
         """
         self.check_change("widen_slot")
         a, b = self.lora_A[name], self.lora_B[name]
-        if not a.shape[0] <= rank <= MAX_RANK:
-            raise ValueError(f"rank: got {rank!r}; accepted are {a.shape[0]} to {MAX_RANK}")
-        self.lora_A[name] = nn.Parameter(a.new_empty(rank, a.shape[1]), a.requires_grad)
-        self.lora_B[name] = nn.Parameter(b.new_empty(b.shape[0], rank), b.requires_grad)
+        if not self.slot_rank(name) <= rank <= MAX_RANK:
+            raise ValueError(
+                f"rank: got {rank!r}; accepted are {self.slot_rank(name)} to {MAX_RANK}"
+            )
+        ranks = rank * self.stacked
+        self.lora_A[name] = nn.Parameter(a.new_empty(ranks, a.shape[1]), a.requires_grad)
+        self.lora_B[name] = nn.Parameter(b.new_empty(b.shape[0], ranks), b.requires_grad)
         self.write_factors(name, a, b)
         self.scaling[name] = torch.as_tensor(
             self.scaling[name], dtype=torch.float32, device=a.device
         )
 
     def fill_slot(
-        self, name: str, a: Tensor, b: Tensor, lora_alpha: float, use_rslora: bool
+        self,
+        name: str,
+        a: Tensor,
+        b: Tensor,
+        lora_alpha: float,
+        use_rslora: bool,
+        more: Mapping[str, Tensor],
     ) -> None:
-        """Let another adapter's A [r, K] and B [N, r] take the place of ``name``'s, in the same memory."""
+        """Let another adapter's A [r * stacked, K], B [N, r * stacked] and ``more`` (see ``more_tensors``) take the place of
+        ``name``'s, in the same memory. Without ``more`` an adapter of no ranks changes nothing."""
         self.write_factors(name, a, b)
-        self.r[name], self.lora_alpha[name] = a.shape[0], lora_alpha
+        self.r[name], self.lora_alpha[name] = a.shape[0] // self.stacked, lora_alpha
         self.use_rslora[name] = use_rslora
         self._set_scaling(name, self._own_scaling(name))
+        with torch.no_grad():
+            for key, slot in self.more_tensors(name).items():
+                if key in more:
+                    slot.copy_(more[key])
+                elif name in self.lora_magnitude_vector:
+                    slot.copy_(self._row_norms(name))
+                else:
+                    slot.zero_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

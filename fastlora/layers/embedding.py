@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..autograd import scale_columns
 from ..quant import NF4Tensor
-from .adapter import AdapterTensor
 from .base import LoRALayer
 from .dora import BaseRows, rows_of
 from .inits import Factors
@@ -91,6 +90,7 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
 
     is_linear: ClassVar[bool] = False
     factor_names: ClassVar[tuple[str, str]] = ("lora_embedding_A", "lora_embedding_B")
+    factor_keys: ClassVar[tuple[str, str]] = factor_names
     weight: Tensor
     embed_scale: Any  # a number, a Tensor with one, or None
     lora_embedding_A: nn.ParameterDict
@@ -126,15 +126,6 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
     @property
     def lora_B(self) -> nn.ParameterDict:  # type: ignore[override]
         return self.lora_embedding_B
-
-    def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
-        if name not in self.r:
-            return {}
-        return {
-            part: AdapterTensor(f"{part}.{name}", getattr(self, part)[name])
-            for part in (*self.factor_names, "lora_magnitude_vector")
-            if name in getattr(self, part)
-        }
 
     def _base_weight(self) -> Tensor:
         return self.weight.data.t()

@@ -96,6 +96,9 @@ class IA3Layer(ExchangeLayer):
             return {}
         return {"ia3_l": AdapterTensor(f"ia3_l.{name}", self.ia3_l[name])}
 
+    def neutral_tensors(self, name: str) -> dict[str, Tensor]:
+        return {"ia3_l": torch.ones_like(self.ia3_l[name])}
+
     def _vector(self) -> Tensor | None:
         """The product of the acting adapters' vectors, [N] or [K]; None: none acts."""
         vector = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -119,10 +119,7 @@ class Mergeable(AdapterLayer):
 
     def check_whole(self) -> None:
         """ValueError unless every parameter is here, and has values."""
-        for parameter in self.parameters():
-            if parameter.is_meta or is_sharded(parameter):
-                place = "on the meta device" if parameter.is_meta else "sharded"
-                raise ValueError(f"weight: is {place}; merge where it is whole")
+        check_whole(self.parameters())
 
 
 class MergeableLayer(Mergeable):
@@ -149,6 +146,13 @@ class MergeableLayer(Mergeable):
         A layer around a module gives that one, and puts the weight in.
         """
         raise NotImplementedError
+
+    def without_adapters(self) -> nn.Module:
+        enabled, self.adapters_enabled = self.adapters_enabled, False
+        try:
+            return self.as_base(self.weight)
+        finally:
+            self.adapters_enabled = enabled
 
     def _on_shelf(self, merged: Tensor | NF4Tensor) -> nn.Module:
         shelf = nn.Module()
@@ -199,6 +203,14 @@ class MergeableLayer(Mergeable):
             raise ValueError(
                 f"weight: {what} overflows {weight.dtype} or holds NaN or infinity; look for the step that did it"
             )
+
+
+def check_whole(parameters: Iterable[Tensor]) -> None:
+    """ValueError unless every one is here, and has values."""
+    for parameter in parameters:
+        if parameter.is_meta or is_sharded(parameter):
+            place = "on the meta device" if parameter.is_meta else "sharded"
+            raise ValueError(f"weight: is {place}; merge where it is whole")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import AdapterTensor, check_adapter_name
 from .exchange import ExchangeLayer, distances
@@ -48,6 +48,10 @@ class TunedNorm(ExchangeLayer):
             f"ln_tuning_layers.{key}": AdapterTensor(f"ln_tuning_layers.{name}.{key}", tensor)
             for key, tensor in state.items()
         }
+
+    def neutral_tensors(self, name: str) -> dict[str, Tensor]:
+        state = self.base_layer.state_dict()
+        return {f"ln_tuning_layers.{key}": tensor for key, tensor in state.items()}
 
     def check_active(self, names: list[str]) -> None:
         """ValueError if more than one of ``names`` has a copy here."""

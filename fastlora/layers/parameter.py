@@ -13,7 +13,7 @@ from ..quant import NF4Tensor
 from .base import LoRALayer
 from .experts import experts_forward, reads_experts
 from .inits import Factors, changes_base_weight, initial_factors
-from .merging import MergeableLayer, as_parameter
+from .merging import MergeableLayer, Merged, as_parameter, check_whole, plain_mode
 from .plain import FLOATS
 from .standin import StandIn
 
@@ -129,6 +129,9 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
         a = made.a * self.stacked if init == "gaussian" else made.a
         return Factors(a.to(self.weight.dtype), made.b.to(self.weight.dtype))
 
+    def pattern_name(self, module_name: str) -> str:
+        return f"{module_name.replace('.base_layer', '')}.{self.parameter_name}"
+
     def split_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A [E, r, K] and B [E, N, r] of an adapter, as views."""
         a = self.lora_A[name].unflatten(0, (self.stacked, -1))
@@ -137,7 +140,9 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
 
     def matrices(self) -> Tensor:
         """W as [E, N, K], a view."""
-        weight = self.weight.detach()
+        return self._matrices_of(self.weight.detach())
+
+    def _matrices_of(self, weight: Tensor) -> Tensor:
         weight = weight if weight.ndim == 3 else weight[None]
         return weight.mT if self.transposed else weight
 
@@ -170,16 +175,33 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
 
     # Merging.
 
-    def _with_updates(self, base: Tensor) -> Tensor:
-        exact = base.clone()
-        matrices = exact if exact.ndim == 3 else exact[None]
-        for name in self.acting_adapters():
-            scaling = float(self.scaling[name])
-            for matrix, a, b in zip(matrices, *self.split_factors(name), strict=True):
-                # In fp64, which TF32 does not touch, and one by one.
-                update = (b.double() @ a.double()) * scaling
-                matrix += update.t() if self.transposed else update
-        return exact
+    def merged_weight(self, dequantize: bool | torch.dtype = False) -> Merged:
+        """As ``MergeableLayer.merged_weight``, matrix by matrix: beside what comes out no tensor is larger than one of them."""
+        names = self.acting_adapters()
+        if not names:
+            return Merged(self.weight, 0.0, 0.0)
+        check_whole([self.weight, *(p for name in names for p in self.adapter_parameters(name))])
+        with plain_mode(self.weight.device.type):
+            made = torch.empty_like(self.weight)
+            pairs = zip(self.matrices(), self._matrices_of(made), range(self.stacked), strict=True)
+            squares = torch.tensor([self._merge_matrix(*pair, names) for pair in pairs])
+        total, update, error = squares.view(-1, 3).sum(0).sqrt().tolist()
+        return Merged(made, error / (total or 1.0), update / (total or 1.0))
+
+    def _merge_matrix(
+        self, base: Tensor, out: Tensor, index: int, names: list[str]
+    ) -> tuple[float, float, float]:
+        """Put base + sum of s B A of one matrix into ``out``; the squared norms of that sum, of the update and of the rounding."""
+        wide = base.to(torch.promote_types(base.dtype, torch.float32))
+        exact = wide.clone()
+        for name in names:
+            a, b = (factors[index].double() for factors in self.split_factors(name))
+            exact += (b @ a) * float(self.scaling[name])  # in fp64, which TF32 does not touch
+        self._check_finite(exact)
+        self._check_finite(out.copy_(exact))
+        norms = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (exact, exact - wide, out.to(exact.dtype) - exact))  # fmt: skip
+        total, update, error = (norm**2 for norm in norms)
+        return total, update, error
 
     def weight_holders(self) -> list[nn.Module]:
         return [self.module]
@@ -191,6 +213,9 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
     def as_base(self, weight: Tensor | NF4Tensor) -> nn.Module:
         """The module, with ``weight`` in it."""
         self._hold_weight(weight)
+        return self.module
+
+    def without_adapters(self) -> nn.Module:
         return self.module
 
     def extra_repr(self) -> str:

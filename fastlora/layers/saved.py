@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import AdapterTensor, check_adapter_name
 from .standin import StandIn
@@ -61,6 +61,9 @@ class TrainableCopy(StandIn):
             for key, tensor in self.modules_to_save[name].state_dict().items()
         }
 
+    def neutral_tensors(self, name: str) -> dict[str, Tensor]:
+        return dict(self.original_module.state_dict())
+
     def check_active(self, names: list[str]) -> None:
         """ValueError if more than one of ``names`` has a copy here."""
         present = [name for name in names if name in self.modules_to_save]
@@ -74,6 +77,10 @@ class TrainableCopy(StandIn):
         """The module that computes now."""
         names = self.acting_adapters()
         return self.modules_to_save[names[0]] if names else self.original_module
+
+    def without_adapters(self) -> nn.Module:
+        """The module that computes now: what was trained whole stays that, as in PEFT."""
+        return self.acting()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.acting()(*args, **kwargs)

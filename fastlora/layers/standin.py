@@ -22,6 +22,10 @@ class StandIn(AdapterLayer):
         module: nn.Module = self._modules[self.stands_for]  # type: ignore[assignment]
         return module
 
+    def without_adapters(self) -> nn.Module:
+        module: nn.Module = self._modules[self.stands_for]  # type: ignore[assignment]
+        return module
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -115,6 +115,10 @@ class TrainableTokens(StandIn, MergeableLayer):
         entry = AdapterTensor(f"{part}.{name}", self.trainable_tokens_delta[name])
         return {f"token_adapter.{part}": entry}
 
+    def neutral_tensors(self, name: str) -> dict[str, Tensor]:
+        rows = self.weight.detach()[self.token_indices[name]]
+        return {"token_adapter.trainable_tokens_delta": rows}
+
     def check_active(self, names: list[str]) -> None:
         """ValueError if more than one of ``names`` trained rows here."""
         present = [name for name in names if name in self.token_indices]

@@ -49,6 +49,7 @@ class PeftConfig:
 
     peft_type: ClassVar[str] = ""
     is_prompt_learning: ClassVar[bool] = False
+    prefix: ClassVar[str] = ""  # in the names of what trains, but for modules trained whole
     is_adaption_prompt: ClassVar[bool] = False
     # Fields of PEFT's that say nothing about the adapter itself, whatever their value.
     ignored: ClassVar[tuple[str, ...]] = ("auto_mapping", "peft_version")

@@ -57,6 +57,7 @@ class BottleneckConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
+    prefix: ClassVar[str] = "bottlenecks."
     weights_name: ClassVar[str] = adapters_layout.WEIGHTS_NAME
     # Of the library's fields: they say nothing while phm_layer and inv_adapter are off.
     ignored: ClassVar[tuple[str, ...]] = (

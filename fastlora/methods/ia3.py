@@ -54,6 +54,7 @@ class IA3Config(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "IA3"
+    prefix: ClassVar[str] = "ia3_"
 
     feedforward_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False

@@ -55,3 +55,4 @@ class LNTuningConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "LN_TUNING"
+    prefix: ClassVar[str] = "ln_tuning_"

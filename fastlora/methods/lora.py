@@ -90,6 +90,7 @@ class LoraConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    prefix: ClassVar[str] = "lora_"
     ignored: ClassVar[tuple[str, ...]] = (
         *PeftConfig.ignored,
         "runtime_config",

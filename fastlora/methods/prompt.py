@@ -29,6 +29,7 @@ class PromptLearningConfig(PeftConfig):
     """
 
     is_prompt_learning: ClassVar[bool] = True
+    prefix: ClassVar[str] = "virtual_tokens."
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None

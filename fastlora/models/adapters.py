@@ -46,6 +46,14 @@ class Adapters(nn.Module):
         """The method of the adapters, by PEFT's name; None once all are deleted."""
         return next((config.peft_type for config in self._configs.values()), None)
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active, and not switched off."""
+        return any(
+            layer.adapters_enabled and any(name in layer.adapters for name in layer.active_adapters)
+            for layer in self.adapter_layers()
+        )
+
     # Which adapters act and train.
 
     def adapter_layers(self) -> Iterator[AdapterLayer]:
@@ -158,6 +166,22 @@ class Adapters(nn.Module):
         base = self.get_base_model()
         set_trainable(base, self._configs[names[0]], names, not inference_mode)
         self._active = names
+
+    def set_requires_grad(
+        self, adapter_names: str | Iterable[str], requires_grad: bool = True
+    ) -> None:
+        """Let adapters train, or not; which act stays as it is.
+
+        Raises:
+            ValueError: there is no such adapter. Nothing is changed then.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            self._check_known(name)
+        for layer in self.adapter_layers():
+            for name in names:
+                for parameter in layer.adapter_parameters(name):
+                    parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. If it alone was active, the first that is left becomes active, with a warning as in PEFT;
@@ -411,6 +435,19 @@ class Adapters(nn.Module):
         self._check_active(adapter_names)
         base = self.get_base_model()
         merge.unload(base, dequantize)
+        return base
+
+    def unload(self) -> nn.Module:
+        """The base model as it computes without adapters, and none of fastlora's adapter layers or hooks left in it.
+
+        As in PEFT ``modules_to_save`` and trained biases stay as they were trained. A base in 4 bits stays that.
+
+        Raises:
+            ValueError: adapters are merged, or FSDP holds their Parameters; the model is then as it was.
+        """
+        self.check_parameters("unload")
+        base = self.get_base_model()
+        merge.unload_unmerged(base)
         return base
 
     def _check_active(self, adapter_names: list[str] | None) -> None:

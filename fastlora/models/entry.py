@@ -39,22 +39,24 @@ _INJECTIONS: dict[type[PeftConfig], type[Injection[Any]]] = {
 
 def get_peft_model(
     model: nn.Module,
-    config: PeftConfig,
+    peft_config: PeftConfig,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     device: torch.device | str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """Put a method's layers into ``model``, in place, and freeze the rest.
 
     Args:
         model: any torch module, or a transformers model (quantised by bitsandbytes too).
-        config: what to do: a ``fastlora.LoraConfig``, or that of another method; PEFT's own configurations work as well.
+        peft_config: what to do: a ``fastlora.LoraConfig``, or that of another method; PEFT's own configurations work as well.
             It is copied, not changed.
         adapter_name: name of the adapter.
         autocast_adapter_dtype: adapters of an fp16 or bf16 base are kept in fp32 (PEFT's default);
             False: in the base's dtype.
-        device: where the model goes. With ``config.quantize`` it is quantised there, linear by linear, so that a base
+        device: where the model goes. With ``peft_config.quantize`` it is quantised there, linear by linear, so that a base
             that was loaded on the CPU never has to fit on the GPU in full precision. None: where it is.
+        low_cpu_mem_usage: PEFT's; its zeros stand for values that a file brings. Nothing to save here.
 
     Returns:
         A ``fastlora.PeftModel`` around ``model``; for a transformers model with peft installed it
@@ -64,7 +66,7 @@ def get_peft_model(
         TypeError, ValueError, NotImplementedError: bad arguments, no module matched, or a module
             that cannot be adapted. The model is then as it was.
     """
-    injection = plan(model, config, adapter_name, autocast_adapter_dtype, device)
+    injection = plan(model, peft_config, adapter_name, autocast_adapter_dtype, device)
     try:
         injection.apply()
         if device is not None:

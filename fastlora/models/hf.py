@@ -11,14 +11,16 @@ from typing import Any, NoReturn
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..layers import AdapterLayer
+from ..layers import BottleneckLayer, LoRALayer, PromptLayer, TiedTokens
+from ..layers.merging import Mergeable
 from .peft_model import PeftModel
 from .prompt_model import PromptModel
 
 # Libraries ask whether a module is an adapter layer by this class: TRL refuses an adapted lm_head
 # (its loss reads the weight past the module), and accelerate's FSDP checkpoints find the adapters
-# through it.
-BaseTunerLayer.register(AdapterLayer)
+# through it. A copy that is trained whole is none: whoever reads its weight reads the trained one.
+for _kind in (LoRALayer, Mergeable, BottleneckLayer, PromptLayer, TiedTokens):
+    BaseTunerLayer.register(_kind)
 
 
 class TransformersPeftModel(PeftModel, peft.PeftModel):  # type: ignore[misc, override]

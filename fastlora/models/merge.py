@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import AdapterLayer, TiedTokens, TrainableCopy
+from ..layers import AdapterLayer, PromptLayer, TiedTokens, TrainableCopy
 from ..layers.merging import Mergeable, Merged, is_sharded
 from ..layers.plain import FLOATS
 
@@ -130,6 +130,26 @@ def unload(model: nn.Module, dequantize: bool | torch.dtype) -> None:
         config: Any = getattr(model, "config", None)
         for part in filter(None, (config, getattr(config, "text_config", None))):
             part.tie_word_embeddings = False
+
+
+def unload_unmerged(model: nn.Module) -> None:
+    """Put layers without adapters where those with are, and no hooks of fastlora's."""
+    layers = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, AdapterLayer) and m.adapters
+    ]
+    bare = [(n, None if isinstance(m, PromptLayer) else m.without_adapters()) for n, m in layers]
+    gone = {id(layer) for _, layer in layers}
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if id(getattr(hook, "layer", None)) in gone]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for name, module in reversed(bare):  # of layers in one another the innermost first
+        parent, _, child = name.rpartition(".")
+        if module is None:
+            del model.get_submodule(parent)._modules[child]
+        else:
+            setattr(model.get_submodule(parent), child, module)
 
 
 def _made(

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..layers import AdapterLayer, LoRAParameter, TiedTokens, TrainableCopy, TrainableTokens
 from ..methods import PeftConfig
 from ..quant import NF4Tensor
 from .adapters import Adapters
+
+if TYPE_CHECKING:
+    from .status import TunerLayerStatus, TunerModelStatus
+
+# What transformers' Trainer calls its checkpoints' folders.
+_TRAINERS = re.compile(r"checkpoint-\d+")
 
 
 class _Delegate(nn.Module):
@@ -35,6 +43,12 @@ def _checkpoints(model: nn.Module) -> bool:
         if hasattr(type(model), name):
             return bool(getattr(model, name))
     return False
+
+
+def _require_input_grads(model: nn.Module) -> None:
+    enable = getattr(model, "enable_input_require_grads", None)
+    if enable is not None:
+        enable()
 
 
 def _beams(model: Any, options: dict[str, Any]) -> int:
@@ -105,6 +119,47 @@ class PeftModel(Adapters, _Delegate):
         model: nn.Module = self.base_model.model
         return model
 
+    @property
+    def prefix(self) -> str:
+        """What the names of the adapters' parameters have in them, by which TRL leaves them out of what it sends to vLLM."""
+        return self.active_peft_config.prefix
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names, in the base model, of the modules that have adapters (as wholes; not ``modules_to_save``)."""
+        return [
+            name
+            for name, layer in self.get_base_model().named_modules()
+            if isinstance(layer, AdapterLayer)
+            and layer.adapters
+            and not isinstance(layer, (LoRAParameter, TrainableCopy, TrainableTokens, TiedTokens))
+        ]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The names of the Parameters that have adapters (``target_parameters``)."""
+        return [
+            f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+            for name, layer in self.get_base_model().named_modules()
+            if isinstance(layer, LoRAParameter) and layer.adapters
+        ]
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of every module with adapters; see ``models/status.py``."""
+        from .status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the whole model; see ``models/status.py``."""
+        from .status import get_model_status
+
+        return get_model_status(self)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.get_base_model(), "dtype", None)
+
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's. ``adapter_names``: an adapter for each item of the batch; see ``mixed_batch``.
 
@@ -148,10 +203,12 @@ class PeftModel(Adapters, _Delegate):
         base.activation_checkpointing_enable(*args, **kwargs)
         self._require_input_grads()
 
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Require gradients of the output of ``model``'s embeddings (PEFT's name for it)."""
+        _require_input_grads(model)
+
     def _require_input_grads(self) -> None:
-        enable = getattr(self.get_base_model(), "enable_input_require_grads", None)
-        if enable is not None:
-            enable()
+        _require_input_grads(self.get_base_model())
 
     # What is trained.
 
@@ -176,18 +233,7 @@ class PeftModel(Adapters, _Delegate):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all) numbers of parameters; a 4-bit weight counts as what it stands for."""
-        trainable = 0
-        fours = [m for m in self.modules() if isinstance(m, NF4Tensor)]
-        inside = {id(p) for four in fours for p in four.parameters()}
-        total = sum(four.shape.numel() for four in fours)
-        for parameter in self.parameters():
-            count = 0 if id(parameter) in inside else parameter.numel()
-            state = getattr(parameter, "quant_state", None)
-            if state is not None and getattr(state, "shape", None) is not None:
-                count = torch.Size(state.shape).numel()
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers and their ratio, in PEFT's words."""
@@ -209,13 +255,16 @@ class PeftModel(Adapters, _Delegate):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         state_dict: dict[str, Any] | None = None,
+        resumable: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Write every adapter (or those selected) in PEFT's layout; see ``save_adapter``.
 
         ``state_dict``: values to write instead of the model's own (a gathered one, say).
-        ``path_initial_model_for_weight_conversion``: turns PiSSA and OLoRA into plain LoRA. Other
-        keywords, which transformers passes to every model, mean nothing for an adapter.
+        ``path_initial_model_for_weight_conversion``: turns PiSSA and OLoRA into plain LoRA.
+        ``resumable``: write also what training goes on from, where an adapter's file does not hold that; None: into folders
+        called as Trainer calls its checkpoints, checkpoint-<step>. Other keywords, which transformers passes to every
+        model, mean nothing for an adapter.
 
         Raises:
             ValueError: an adapter that does not exist, or an option that fastlora does not have.
@@ -232,25 +281,31 @@ class PeftModel(Adapters, _Delegate):
         names = list(self._configs) if selected_adapters is None else list(selected_adapters)
         for name in names:
             self._check_known(name)
+        if resumable is None:
+            resumable = _TRAINERS.fullmatch(Path(save_directory).name) is not None
+        initial = path_initial_model_for_weight_conversion
         if is_main_process:
             for name in names:
-                save_adapter(
-                    self, save_directory, name, state_dict, path_initial_model_for_weight_conversion
-                )
+                save_adapter(self, save_directory, name, state_dict, initial, resumable)
 
     def load_adapter(
         self,
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: torch.device | str | None = None,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
         """Read an adapter, a new one or other values for one that is there; see ``fastlora.load_adapter``. As in PEFT, a
-        load that is not for training puts the model into eval mode and leaves what requires grad as it is."""
+        load that is not for training puts the model into eval mode and leaves what requires grad as it is.
+
+        ``torch_device``, ``low_cpu_mem_usage``: PEFT's; values are read on the CPU and go where the model is.
+        """
         from ..io.adapter import load_adapter
 
-        trainable = True if is_trainable else None
-        load_adapter(self, model_id, adapter_name, trainable, autocast_adapter_dtype)
+        trains = True if is_trainable else None
+        load_adapter(self, model_id, adapter_name, trains, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
 
@@ -261,9 +316,30 @@ class PeftModel(Adapters, _Delegate):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> PeftModel:
-        """``model`` with the adapter in the folder ``model_id``; see ``fastlora.load_adapter``."""
+        """``model`` with the adapter in the folder ``model_id``; see ``fastlora.load_adapter``. ``low_cpu_mem_usage``: PEFT's;
+        nothing to save here."""
         from ..io.adapter import load_adapter
 
-        return load_adapter(model, model_id, adapter_name, is_trainable, autocast_adapter_dtype)
+        return load_adapter(
+            model, model_id, adapter_name, is_trainable, autocast_adapter_dtype, config
+        )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) numbers of a model's parameters; a 4-bit weight counts as what it stands for."""
+    trainable = 0
+    fours = [m for m in model.modules() if isinstance(m, NF4Tensor)]
+    inside = {id(p) for four in fours for p in four.parameters()}
+    total = sum(four.shape.numel() for four in fours)
+    for parameter in model.parameters():
+        count = 0 if id(parameter) in inside else parameter.numel()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and getattr(state, "shape", None) is not None:
+            count = torch.Size(state.shape).numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total

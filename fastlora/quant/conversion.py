@@ -88,11 +88,21 @@ class Conversion:
             if (tensor := get(key)) is not None:
                 yield target, tensor
         for target, (rule, stored) in computed.items():
-            yield from self._compute(target, rule, stored, get)
+            yield from self.compute(target, rule, stored, get).items()
 
-    def _compute(self, target: str, rule: Any, stored: list[str], get: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    def makes(self, target: str, rule: Any) -> list[str]:
+        """The model's keys that a rule of ``target`` makes of stored tensors, ``target`` first."""
+        first, *others = rule.target_patterns
+        return [target, *(target.replace(first, other) for other in others)]
+
+    def compute(self, target: str, rule: Any, stored: list[str], get: Callable[[str], Tensor | None]) -> dict[str, Tensor]:  # fmt: skip
+        """The model's tensors that ``rule`` makes of the ``stored`` ones.
+
+        Raises:
+            ValueError: these do not go together.
+        """
         rule = copy.deepcopy(rule)
-        for key in stored:
+        for key in sorted(stored, key=_by_number):
             _, pattern = self._rename(key, self._renamings, self._converters)
             rule.add_tensor(target, key, pattern, partial(get, key))
         try:
@@ -102,8 +112,27 @@ class Conversion:
                 f"{stored[0]} and {len(stored) - 1} more: {target} cannot be made of them ({error}); the checkpoint is "
                 "damaged or incomplete"
             ) from error
-        for key, value in made.items():
-            yield key, value[0] if isinstance(value, list) else value
+        return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+
+    def undo(self, values: dict[str, Tensor], stored: list[str]) -> dict[str, Tensor]:
+        """The ``stored`` tensors that ``compute`` would make ``values`` of.
+
+        Raises:
+            ValueError: transformers does not tell.
+        """
+        try:
+            made: dict[str, Tensor] = self._loading.revert_weight_conversion(self._model, values)
+        except Exception as error:  # an operation without an inverse, say
+            raise ValueError(f"{stored[0]}: {self._irreversible(values)} ({error})") from error
+        if set(made) != set(stored):
+            raise ValueError(f"{stored[0]}: {self._irreversible(values)}")
+        return made
+
+    def _irreversible(self, values: Iterable[str]) -> str:
+        return (
+            f"transformers computes {next(iter(values))} of it and others, and does not tell how to write a changed one; load "
+            "the model, save it with save_pretrained(save_original_format=False), and merge into that"
+        )
 
 
 def describe(rule: Any) -> str:

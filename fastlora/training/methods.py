@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ..io import save_adapter
-from ..io.adapter import adapter_size, safetensors_size
+from ..io.adapter import adapter_size
 from ..io.checkpoint import replace_file
+from ..io.files import safetensors_size
 from ..methods import LoraConfig
-from ..methods.budget import rank_for_share
 from ..models import get_peft_model
+from ..models.budget import rank_for_share
 from . import base
 from .config import FinetuneConfig
 from .errors import InputError

@@ -12,11 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import fastlora
-from fastlora import LoraConfig
-from fastlora.methods.budget import rank_for_share
 from fastlora.training.unfreezing import Unfreezing
-from tests.tiny_models import plain_net, tiny_llama
 
 
 def read(output: Path, name: str = "summary.json") -> Any:
@@ -118,46 +114,6 @@ def test_every_parameter_starts_once_and_in_order(share: float) -> None:
     assert list(map(first.__getitem__, parameters)) == pytest.approx(want, abs=0.011)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.4])
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_the_rank_is_the_largest_within_the_share(share: float, quantize: str | None) -> None:
-    config = LoraConfig(target_modules="all-linear", quantize=quantize)
-    rank = rank_for_share(tiny_llama(), config, share)
-    shares = []
-    for r in (rank, rank + 1):
-        config = LoraConfig(r=r, target_modules="all-linear", quantize=quantize)
-        trained, total = fastlora.get_peft_model(tiny_llama(), config).get_nb_trainable_parameters()
-        shares.append(trained / total)
-    assert shares[0] <= share < shares[1]
-
-
-def test_ranks_that_are_given_stay() -> None:
-    config = LoraConfig(target_modules=["up", "down"], rank_pattern={"up": 5})
-    rank = rank_for_share(plain_net(), config, 0.15)
-    for r, within in ((rank, True), (rank + 1, False)):
-        model = fastlora.get_peft_model(
-            plain_net(), LoraConfig(r=r, target_modules=["up", "down"], rank_pattern={"up": 5})
-        )
-        trained, total = model.get_nb_trainable_parameters()
-        assert (trained / total <= 0.15) == within
-
-
-@pytest.mark.parametrize("more", [{"modules_to_save": ["head"]}, {"bias": "all"}], ids=str)
-def test_what_trains_beside_the_factors_has_no_share(more: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="trains more"):
-        rank_for_share(plain_net(), LoraConfig(target_modules=["up"], **more), 0.3)
-
-
-@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
-def test_magnitudes_and_biases_count(field: str) -> None:
-    settings = {"target_modules": ["up", "down"], field: True}
-    rank = rank_for_share(plain_net(), LoraConfig(**settings), 0.2)
-    for r, within in ((rank, True), (rank + 1, False)):
-        model = fastlora.get_peft_model(plain_net(), LoraConfig(r=r, **settings))
-        trained, total = model.get_nb_trainable_parameters()
-        assert (trained / total <= 0.2) == within
-
-
 def test_numbers_inside_a_head_are_no_layers() -> None:
     names = [
         "layers.0.a",
@@ -169,12 +125,6 @@ def test_numbers_inside_a_head_are_no_layers() -> None:
     parameters = {f"model.{name}": nn.Parameter(torch.zeros(1)) for name in names}
     Unfreezing(parameters, 1.0).at(0.0)
     assert [p.requires_grad for p in parameters.values()] == [False, False, True, True, True]
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan"), 1e-6])
-def test_shares_that_cannot_be(share: float) -> None:
-    with pytest.raises(ValueError, match="share"):
-        rank_for_share(plain_net(), LoraConfig(target_modules=["up"]), share)
 
 
 def test_the_share_of_a_run(

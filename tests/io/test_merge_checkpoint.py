@@ -16,7 +16,9 @@ from torch import Tensor
 import fastlora
 from fastlora.io.merge import merge_checkpoint
 from fastlora.io.quantize import quantize_checkpoint
+from tests.every_method import IN_PEFT, METHODS, VIRTUAL
 from tests.tiny_models import logits, randomize_adapters, some_ids, tiny_llama
+from tests.tiny_zoo import run, tiny
 
 transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "down_proj"]
@@ -208,22 +210,214 @@ def test_what_cannot_be_merged_writes_nothing(tmp_path: Path) -> None:
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+# Every method that is a change of weights.
+
+MERGED = [name for name in IN_PEFT if name not in VIRTUAL]
+
+
+def stored(name: str, tmp_path: Path, **settings: Any) -> tuple[Path, Path]:
+    """The folders of a method's base and of a random adapter that stock peft wrote."""
+    method = METHODS[name]
+    method.base().save_pretrained(tmp_path / "base", **settings)
+    theirs = method.moved(peft)
+    theirs.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MERGED)
+def test_every_method_of_weights(name: str, tmp_path: Path) -> None:
+    """Equal to stock peft's merge_and_unload; under the keys that the base has."""
+    base, path = stored(name, tmp_path)
+    reports = merge_checkpoint(base, path, tmp_path / "out")
+    theirs, ids = peft.PeftModel.from_pretrained(load(base), path), some_ids()
+    changed = logits(theirs.eval(), ids)
+    want = logits(theirs.merge_and_unload().eval(), ids)
+    got = logits(load(tmp_path / "out"), ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, changed, rtol=1e-4, atol=1e-4)
+    assert (got - logits(load(base), ids)).abs().max() > 1e-3
+    assert tensors(tmp_path / "out").keys() == tensors(base).keys()
+    assert reports and all(r.error < 1e-6 < r.update for r in reports)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (fastlora.IA3Config(), "IA3"),
-        (fastlora.LNTuningConfig(), "LN_TUNING"),
-        (fastlora.PfeifferConfig(), "BOTTLENECK"),
-        (fastlora.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
-        (fastlora.LoraConfig(target_modules=TARGETS, trainable_token_indices=[3]), "trainable_tok"),
-        (fastlora.LoraConfig(target_parameters=["q_proj.weight"]), "target_parameters"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    "name", ["ia3", "ln_tuning", "dora", "lora, rows", "lora, copies", "lora, parameters"]
 )
-def test_other_methods_are_refused_by_name(config: Any, message: str, tmp_path: Path) -> None:
-    fastlora.save_adapter(fastlora.get_peft_model(tiny_llama(), config), tmp_path / "adapter")
+def test_every_method_of_weights_over_four_bits(name: str, keep: bool, tmp_path: Path) -> None:
+    base, path = stored(name, tmp_path)
+    quantize_checkpoint(base, tmp_path / "nf4")
+    merge_checkpoint(tmp_path / "nf4", path, tmp_path / "out", keep_4bit=keep)
+    model, ids = fastlora.load_adapter(fastlora.load_quantized(tmp_path / "nf4"), path), some_ids()
+    if keep:
+        want = logits(model.merge_and_unload(), ids)
+        got = logits(fastlora.load_quantized(tmp_path / "out"), ids)
+    else:
+        want, got = logits(model, ids), logits(load(tmp_path / "out"), ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_stacked_experts_keep_the_format_they_are_stored_in(original: bool, tmp_path: Path) -> None:
+    """One by one, as published, or stacked; what the adapter does not touch stays the same bits."""
+    base, path = stored("lora, parameters", tmp_path, save_original_format=original)
+    merge_checkpoint(base, path, tmp_path / "out")
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert any(".experts.0." in key for key in before) == original
+    for key, value in before.items():
+        touched = ".experts." in key or "q_proj" in key or "v_proj" in key
+        assert torch.equal(after[key], value) != touched, key
+    read = fastlora.load_adapter(METHODS["lora, parameters"].base(), path)
+    torch.testing.assert_close(logits(load(tmp_path / "out"), some_ids()), logits(read, some_ids()), rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+def test_a_weight_that_transformers_takes_apart(tmp_path: Path, monkeypatch: Any) -> None:
+    """Stored fused, adapted in parts, and stored fused again; one part alone as well."""
+    mapping = pytest.importorskip("transformers.conversion_mapping")
+    loading = pytest.importorskip("transformers.core_model_loading")
+    base = saved(tmp_path)
+    values = tensors(base)
+    for i in range(2):
+        at = f"model.layers.{i}.mlp"
+        values[f"{at}.gate_up.weight"] = torch.cat([values.pop(f"{at}.{n}_proj.weight") for n in ("gate", "up")])  # fmt: skip
+    fused = tmp_path / "fused"
+    shutil.copytree(base, fused)
+    save_file(values, fused / "model.safetensors", {"format": "pt"})
+    splits = loading.WeightConverter("mlp.gate_up.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [loading.Chunk(dim=0)])  # fmt: skip
+    for targets in (["gate_proj", "up_proj"], ["up_proj"], ["gate_proj", "q_proj"]):
+        path = adapter(base, tmp_path / "-".join(targets), target_modules=targets)
+        theirs = peft.PeftModel.from_pretrained(load(base), path).eval()
+        with monkeypatch.context() as patch:
+            patch.setitem(mapping._checkpoint_conversion_mapping_cache, "llama", [splits])
+            merge_checkpoint(fused, path, tmp_path / "out")
+            got = logits(load(tmp_path / "out"), some_ids())
+        torch.testing.assert_close(got, logits(theirs, some_ids()), rtol=1e-4, atol=1e-4)
+        after = tensors(tmp_path / "out")
+        assert after.keys() == values.keys()
+        other = "model.layers.0.self_attn.o_proj.weight"
+        assert torch.equal(after[other], values[other])
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["head not stored", "head stored"])
+@pytest.mark.parametrize("config", [{"target_modules": ["q_proj"], "trainable_token_indices": [15, 23, 45]}, {"target_modules": ["embed_tokens"]}], ids=["rows", "lora"])  # fmt: skip
+def test_tied_ends(config: dict[str, Any], both: bool, tmp_path: Path) -> None:
+    """Trained rows act at both ends, which stay tied; an embedding's LoRA at one, and they are tied no longer."""
+    base = saved(tmp_path, tie_word_embeddings=True)
+    path = adapter(base, tmp_path / "adapter", **config)
+    if both:
+        values = tensors(base)
+        values["lm_head.weight"] = values["model.embed_tokens.weight"].clone()
+        save_file(values, base / "model.safetensors", {"format": "pt"})
+    merge_checkpoint(base, path, tmp_path / "out")
+    theirs, merged = peft.PeftModel.from_pretrained(load(base), path).eval(), load(tmp_path / "out")
+    torch.testing.assert_close(logits(merged, some_ids()), logits(theirs, some_ids()), rtol=1e-4, atol=1e-4)  # fmt: skip
+    rows = "trainable_token_indices" in config
+    assert merged.config.tie_word_embeddings == rows
+    assert ("lm_head.weight" in tensors(tmp_path / "out")) != rows
+
+
+@pytest.mark.parametrize(("kind", "method"), [("gpt2", "IA3Config"), ("t5", "IA3Config"), ("gpt_neox", "IA3Config"), ("bart", "LNTuningConfig")])  # fmt: skip
+def test_other_architectures(kind: str, method: str, tmp_path: Path) -> None:
+    """Conv1D, whose weight is stored [K, N]; encoder-decoders; fused projections."""
+    base = tiny(kind)
+    base.save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(tiny(kind), getattr(peft, method)())
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape) * 0.3)
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    got = run(type(base).from_pretrained(tmp_path / "out").eval(), some_ids()).logits
+    torch.testing.assert_close(got, run(theirs, some_ids()).logits, rtol=1e-4, atol=1e-5)
+    assert (got - run(base.eval(), some_ids()).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LNTuningConfig"])
+def test_a_head_beside_other_methods(kind: str, tmp_path: Path) -> None:
+    base = saved(tmp_path)
+    auto = transformers.AutoModelForSequenceClassification
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(
+        auto.from_pretrained(base), getattr(peft, kind)(task_type="SEQ_CLS")
+    )
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape) * 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    got = logits(auto.from_pretrained(tmp_path / "out"), some_ids())
+    torch.testing.assert_close(got, logits(theirs.eval(), some_ids()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bf16_base_gets_the_exact_value_rounded_once(tmp_path: Path) -> None:
+    base = saved(tmp_path, dtype=torch.bfloat16)
+    theirs = peft.get_peft_model(load(base), peft.IA3Config())
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape) * 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    before, after, vectors = tensors(base), tensors(tmp_path / "out"), tensors(tmp_path / "adapter")
+    for key in before:
+        vector = vectors.get(f"base_model.model.{key.removesuffix('.weight')}.ia3_l")
+        want = before[key].double() * (1 if vector is None else vector.double())
+        assert torch.equal(after[key], want.to(torch.bfloat16)), key
+    assert len(vectors) == 6
+
+
+@pytest.mark.parametrize("name", ["ia3", "ln_tuning", "lora, parameters", "lora, rows"])
+def test_a_layer_that_fails_half_way_leaves_nothing(name: str, tmp_path: Path) -> None:
+    base, path = stored(name, tmp_path)
+    values = tensors(path)
+    sorted(values.items())[-1][1].view(-1)[0] = float("nan")
+    save_file(values, path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"NaN"):
+        merge_checkpoint(base, path, tmp_path / "out", shard_bytes=1000)
+    assert not (tmp_path / "out").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
+    from fastlora.io import shards
+
+    base, path = stored("ia3", tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("kept")
+    writes: list[Path] = []
+
+    def full(values: Any, file: Path, metadata: Any) -> None:
+        writes.append(file)
+        if len(writes) == 3:
+            raise OSError(28, "No space left on device")
+        save_file(values, file, metadata)
+
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        merge_checkpoint(base, path, tmp_path / "out", shard_bytes=1000)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("prompt", "PROMPT_TUNING.*input to the model"),
+        ("p-lstm", "P_TUNING.*input to the model"),
+        ("prefix", "PREFIX_TUNING.*input to the model"),
+        ("houlsby", "BOTTLENECK.*activation"),
+    ],
+)
+def test_what_is_no_change_of_weights_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    METHODS[name].make().save_pretrained(tmp_path / "checkpoint-1")  # with a file of that name
     with pytest.raises(NotImplementedError, match=message):
-        merge_checkpoint(saved(tmp_path), tmp_path / "adapter", tmp_path / "out")
+        merge_checkpoint(saved(tmp_path), tmp_path / "checkpoint-1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

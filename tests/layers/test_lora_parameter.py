@@ -225,3 +225,33 @@ def test_what_cannot_be_is_refused_and_left_alone() -> None:
     with pytest.raises(TypeError, match="two or three dimensions"):
         LoRAParameter(nn.LayerNorm(3), "weight")
     assert all(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merging_makes_one_matrix_at_a_time(transposed: bool) -> None:
+    """Nothing wider than the weight is larger than one expert's matrix, and the sum is rounded once."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    layer = over(Stacked(transposed).bfloat16(), "up")
+    want = (layer.weight.double() + delta(layer).double()).bfloat16()
+    seen = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and made.dtype in (torch.float32, torch.float64):
+                seen.append(made.untyped_storage().nbytes() // made.element_size())
+            return made
+
+    factors = max(p.numel() for p in layer.adapter_parameters("default"))
+    with Largest():
+        made = layer.merged_weight()
+    assert torch.equal(made.weight, want)
+    assert len(seen) > 3 * E and max(seen) <= max(K * F, factors)
+    exact = want.double()
+    assert 0 < made.error < 0.01 < made.update
+    before = layer.weight.double()
+    near = ((exact - before).norm() / exact.norm()).item()
+    assert made.update == pytest.approx(near, rel=0.05)

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import fastlora
@@ -275,8 +276,8 @@ def test_a_torn_file_adds_nothing(tmp_path: Path) -> None:
     model = own()
     model.save_pretrained(tmp_path)
     file = tmp_path / "b" / "adapter_model.safetensors"
-    tensors = {k: v for k, v in sorted(fastlora.io.adapter.read_tensors(file).items())[:-1]}
-    fastlora.io.adapter.save_file(tensors, file)
+    tensors = {k: v for k, v in sorted(fastlora.io.files.read_tensors(file).items())[:-1]}
+    save_file(tensors, file)
     names = sorted(model.state_dict())
     with pytest.raises(ValueError, match="lacks 1"):
         model.load_adapter(tmp_path / "b", adapter_name="c")

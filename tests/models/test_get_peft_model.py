@@ -356,7 +356,7 @@ def test_delegates_to_the_base_model() -> None:
 
 def test_methods_of_peft_that_are_not_there_say_so() -> None:
     model = adapted("llama")
-    for name in ("get_layer_status", "create_or_update_model_card"):
+    for name in ("get_prompt", "create_or_update_model_card"):
         with pytest.raises(NotImplementedError, match=name):
             getattr(model, name)("x")
     with pytest.raises(ValueError, match="other"):

@@ -209,16 +209,6 @@ def test_it_trains_in_low_precision(method: str) -> None:
     assert found[-1] < found[0]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("method", ["prompt", "p-lstm"])
-def test_prompts_train_under_checkpointing(method: str, reentrant: bool) -> None:
-    want = losses(build(fastlora, method).train())
-    model = build(fastlora, method).train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert losses(model) == pytest.approx(want, rel=1e-4)
-    assert want[-1] < want[0]
-
-
 def test_a_prefix_refuses_checkpointing() -> None:
     """Layers that compute again get no cache; stock PEFT refuses as well, and only when it builds the model."""
     base = TASKS["llama"][1]()
@@ -234,24 +224,6 @@ def test_a_prefix_refuses_checkpointing() -> None:
     model(some_ids())  # evaluation keeps its cache
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model.train()(some_ids())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_transformers_trainer(method: str, tmp_path: Path) -> None:
-    from tests.models.test_trainers import Tokens, train
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(model.eval()(Tokens().rows, labels=Tokens().rows).loss)
-
-    model = build(fastlora, method)
-    before = loss()
-    train(model, tmp_path, learning_rate=0.05)
-    assert loss() < before
-    checkpoint = tmp_path / "checkpoint-6"
-    assert set(load_file(checkpoint / "adapter_model.safetensors")) == {"prompt_embeddings"}
-    read = peft.PeftModel.from_pretrained(TASKS["llama"][1](), checkpoint)
-    torch.testing.assert_close(read(some_ids()).logits, model.eval()(some_ids()).logits)
 
 
 # Refusals.

@@ -281,7 +281,7 @@ def test_accelerate_leaves_what_bitsandbytes_packed_anew_and_says_so(tmp_path: P
     assert not repacked or "packed anew" in report[0].reason
 
 
-def tokenizer() -> Any:
+def word_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
@@ -316,7 +316,7 @@ def sft(model: Any, folder: Path) -> tuple[list[float], Any]:
         model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_dict({"text": text}),
-        processing_class=tokenizer(),
+        processing_class=word_tokenizer(),
     )
     trainer.train()
     trainer.save_model()
