@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..training.config import METHODS, FinetuneConfig
+from ..training.config import FinetuneConfig
 from ..training.errors import InputError
+from ..training.methods import METHODS, names
 from .app import told_errors
 from .finetune import chosen_share, finetune_command
 from .options import borrow, on_the_command_line
@@ -27,11 +28,15 @@ _FROM_FINETUNE = {field.name for field in dataclasses.fields(FinetuneConfig)} - 
 def compare_command(
     context: typer.Context,
     methods: Annotated[
-        str, typer.Option("--methods", help=f"Some of {', '.join(METHODS)}, split by commas.")
+        str, typer.Option("--methods", help=f"all, or some of {names(METHODS)}, split by commas.")
     ] = "lora,qlora,full",
-    full_learning_rate: Annotated[
-        float | None,
-        typer.Option("--full-learning-rate", help="Of full; else a tenth of --learning-rate."),
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(
+            "--learning-rates",
+            help="METHOD=RATE, split by commas. Else --learning-rate is LoRA's, and others' rates stand to it as their defaults "
+            "do: full takes a tenth.",
+        ),
     ] = None,
     output: Annotated[
         str,
@@ -61,8 +66,10 @@ def compare_command(
     with told_errors(debug):
         if resume and overwrite:
             raise InputError("--resume and --overwrite exclude each other")
-        options["trainable_share"] = chosen_share(options["trainable_share"], given)
+        options["trainable_share"] = chosen_share(options["trainable_share"])
         chosen = [name.strip() for name in methods.split(",") if name.strip()]
+        chosen = list(METHODS) if chosen == ["all"] else chosen
+        rates = _rates(learning_rates)
         from ..training.compare import Comparison, compare
 
         if resume:
@@ -71,15 +78,29 @@ def compare_command(
             config = dataclasses.replace(config, **{name: options[name] for name in given})
             if not on_the_command_line(context, "methods"):
                 chosen = saved["methods"]
-            full_learning_rate = full_learning_rate or saved.get("full_learning_rate")
+            rates = saved.get("learning_rates", {}) if rates is None else rates
         else:
             for name in ("model", "data"):
                 if options[name] is None:
                     raise InputError(f"--{name} is missing")
             config = FinetuneConfig(**options)
         config = dataclasses.replace(config, output=output)
-        rows = compare(config, chosen, full_learning_rate, resume=resume, overwrite=overwrite)
+        rows = compare(config, chosen, rates, resume=resume, overwrite=overwrite)
         _print(rows, Path(output))
+
+
+def _rates(text: str | None) -> dict[str, float] | None:
+    """--learning-rates: method -> rate."""
+    if text is None:
+        return None
+    rates = {}
+    for part in text.split(","):
+        method, _, rate = part.partition("=")
+        try:
+            rates[method.strip()] = float(rate)
+        except ValueError:
+            raise InputError(f"--learning-rates {part!r} is not METHOD=RATE") from None
+    return rates
 
 
 def _print(rows: list[Row], output: Path) -> None:

@@ -10,9 +10,10 @@ import typer
 
 from ..training.config import FinetuneConfig
 from ..training.errors import InputError
+from ..training.methods import METHOD_OPTIONS, METHODS
 from .app import told_errors
-from .finetune import chosen_share, finetune_command, refuse_useless
-from .options import borrow, on_the_command_line
+from .finetune import chosen_share, finetune_command
+from .options import borrow
 
 if TYPE_CHECKING:
     from ..training.estimate import Estimate
@@ -20,14 +21,13 @@ if TYPE_CHECKING:
 GIB = 2**30
 _FROM_FINETUNE = (
     *("model", "data", "eval_data", "eval_fraction", "eval_tokens", "loss_on", "packing"),
-    *("seq_length", "method", "r", "trainable_share", "target_modules", "batch_size"),
+    *("seq_length", "method", "batch_size", *(set(METHOD_OPTIONS) - {"alpha", "init", "prompt_text"})),
     *("grad_accumulation", "epochs", "max_steps", "gradient_checkpointing", "seed", "dtype"),
 )
 
 
 @borrow(finetune_command, _FROM_FINETUNE)
 def estimate_command(
-    context: typer.Context,
     card: Annotated[
         float | None,
         typer.Option("--card", help="GiB of the card: does it fit, beside the CUDA context?"),
@@ -49,14 +49,12 @@ def estimate_command(
     Memory is a GPU's, within a few per cent of what was measured. With --data the number of steps is known, and so the time
     of the whole run.
     """
-    given = {name for name in options if on_the_command_line(context, name)}
     with told_errors(debug):
-        options["trainable_share"] = chosen_share(options["trainable_share"], given)
+        options["trainable_share"] = chosen_share(options["trainable_share"])
         if options["model"] is None:
             raise InputError("--model is missing")
         options["data"] = options["data"] or ""
         config = FinetuneConfig(**options)
-        refuse_useless(config, given)
         from ..training.estimate import estimate
 
         made = estimate(config, card, gpu, tokens_per_second)
@@ -98,7 +96,7 @@ def rows(made: Estimate) -> list[tuple[str, str]]:
             f"({made.trained_parameters / made.total_parameters:.2%})",
         ),
         (
-            "model file" if made.rank is None else "adapter file",
+            "model file" if METHODS[made.method].configuration is None else "adapter file",
             f"{made.saved_bytes / 2**20:,.1f} MiB",
         ),
         ("weights", f"{made.weights_bytes / GIB:.2f} GiB"),

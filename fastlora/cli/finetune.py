@@ -9,16 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from ..training.config import (
-    ADAPTER_OPTIONS,
     BACKENDS,
     DTYPES,
     LOSS_ON,
-    METHODS,
     SCHEDULES,
     FinetuneConfig,
-    option,
 )
 from ..training.errors import InputError
+from ..training.methods import METHODS, having_told, names
 from .app import told_errors
 from .options import on_the_command_line
 
@@ -27,6 +25,14 @@ _ADAPTER, _DATA, _TRAINING, _MACHINE = "Adapter", "Data", "Training", "Machine a
 
 def _option(*names: str, group: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=group, help=help, **more)
+
+
+def _of_method(name: str, *flags: str, help: str) -> Any:
+    """An option that some methods have: the help says which, and what it is where it is not given."""
+    return _option(*flags, group=_ADAPTER, help=f"{help} Of {having_told(name)}")
+
+
+_RATES = ", ".join(f"{name} {kind.learning_rate:g}" for name, kind in METHODS.items())
 
 
 def finetune_command(
@@ -79,13 +85,13 @@ def finetune_command(
         ),
     ] = FinetuneConfig.loss_on,
     packing: Annotated[
-        bool,
+        bool | None,
         _option(
             "--packing/--no-packing",
             group=_DATA,
-            help="Fill blocks of --seq-length with several documents.",
+            help="Fill blocks of --seq-length with several documents; as a rule, but with virtual tokens.",
         ),
-    ] = FinetuneConfig.packing,
+    ] = None,
     seq_length: Annotated[
         int, _option("--seq-length", group=_DATA, help="Tokens in a block.")
     ] = FinetuneConfig.seq_length,
@@ -94,39 +100,103 @@ def finetune_command(
         _option(
             "--method",
             group=_ADAPTER,
-            help=f"{', '.join(METHODS)} (which trains all weights, without an adapter).",
+            help=f"{names(METHODS)} (which trains all weights, without an adapter). docs/ has a page on each.",
         ),
     ] = FinetuneConfig.method,
-    r: Annotated[
-        int, _option("--r", "--rank", "-r", group=_ADAPTER, help="Rank.")
-    ] = FinetuneConfig.r,
+    r: Annotated[int | None, _of_method("r", "--r", "--rank", "-r", help="Rank.")] = None,
     trainable_share: Annotated[
         str | None,
-        _option(
+        _of_method(
+            "trainable_share",
             "--trainable-share",
-            group=_ADAPTER,
             help="Instead of --r: the largest rank that trains no more than this share; 1% or 0.01.",
         ),
     ] = None,
     alpha: Annotated[
-        float,
-        _option("--alpha", group=_ADAPTER, help="Scaling is alpha / r (rslora: alpha / sqrt r)."),
-    ] = FinetuneConfig.alpha,
+        float | None,
+        _of_method("alpha", "--alpha", help="Scaling is alpha / r (rslora: alpha / sqrt r)."),
+    ] = None,
     dropout: Annotated[
-        float, _option("--dropout", group=_ADAPTER, help="Dropout on the low-rank path.")
-    ] = FinetuneConfig.dropout,
+        float | None,
+        _of_method("dropout", "--dropout", help="Dropout on the adapter's path."),
+    ] = None,
     target_modules: Annotated[
-        str,
-        _option(
+        str | None,
+        _of_method(
+            "target_modules",
             "--target-modules",
-            group=_ADAPTER,
-            help="all-linear, names split by commas, or regex:PATTERN.",
+            help="all-linear, names split by commas, or regex:PATTERN; else the places that the architecture is known for.",
         ),
-    ] = FinetuneConfig.target_modules,
+    ] = None,
+    init: Annotated[
+        str | None,
+        _of_method(
+            "init",
+            "--init",
+            help="How the factors begin, else A at random and B at zero: gaussian, orthogonal, eva (from the data), pissa or "
+            "olora (not in 4 bits), loftq (in 4 bits).",
+        ),
+    ] = None,
+    loraplus_ratio: Annotated[
+        float | None,
+        _of_method(
+            "loraplus_ratio",
+            "--loraplus-ratio",
+            help="LoRA+: how many times faster B learns than A; 16, say, with a lower --learning-rate.",
+        ),
+    ] = None,
+    reduction_factor: Annotated[
+        float | None,
+        _of_method(
+            "reduction_factor",
+            "--reduction-factor",
+            help="The model's width over the bottleneck's.",
+        ),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        _of_method(
+            "activation",
+            "--activation",
+            help=f"In the bottleneck: {names(METHODS['houlsby'].options['activation'].values)}.",
+        ),
+    ] = None,
+    virtual_tokens: Annotated[
+        int | None, _of_method("virtual_tokens", "--virtual-tokens", help="How many.")
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        _of_method(
+            "encoder",
+            "--encoder",
+            help="The network that makes virtual tokens in training: none or mlp (prefix_tuning), mlp or lstm (p_tuning).",
+        ),
+    ] = None,
+    encoder_hidden_size: Annotated[
+        int | None,
+        _of_method(
+            "encoder_hidden_size",
+            "--encoder-hidden-size",
+            help="Its hidden width, else that of a token.",
+        ),
+    ] = None,
+    prompt_text: Annotated[
+        str | None,
+        _of_method(
+            "prompt_text",
+            "--prompt-text",
+            help="Begin with this text's tokens, repeated or cut; else with some drawn from the vocabulary.",
+        ),
+    ] = None,
     learning_rate: Annotated[
-        float,
-        _option("--learning-rate", "--lr", group=_TRAINING, help="Peak learning rate of AdamW."),
-    ] = FinetuneConfig.learning_rate,
+        float | None,
+        _option(
+            "--learning-rate",
+            "--lr",
+            group=_TRAINING,
+            help=f"Peak learning rate of AdamW. Default by method, since virtual tokens need a far larger one: {_RATES}.",
+        ),
+    ] = None,
     schedule: Annotated[
         str,
         _option(
@@ -264,25 +334,16 @@ def finetune_command(
     with told_errors(debug):
         if resume and overwrite:
             raise InputError("--resume and --overwrite exclude each other")
-        options["trainable_share"] = chosen_share(trainable_share, given)
+        options["trainable_share"] = chosen_share(trainable_share)
         config = _resumed(output, options, given) if resume else _fresh(options)
         config.validate()
-        refuse_useless(config, given)
         from ..training import finetune
 
         finetune(config, resume=resume, overwrite=overwrite)
 
 
-def refuse_useless(config: FinetuneConfig, given: set[str]) -> None:
-    """``InputError`` for an option of adapters where there is none."""
-    if config.method == "full" and (useless := sorted(given & ADAPTER_OPTIONS)):
-        raise InputError(f"--method full has no adapter, so no {option(useless[0])}")
-
-
-def chosen_share(text: str | None, given: set[str]) -> float | None:
-    """--trainable-share, "1%" or "0.01", as a number, where --r is not given too."""
-    if {"r", "trainable_share"} <= given:
-        raise InputError("--r and --trainable-share exclude each other")
+def chosen_share(text: str | None) -> float | None:
+    """--trainable-share, "1%" or "0.01", as a number."""
     if text is None:
         return None
     try:

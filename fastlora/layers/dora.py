@@ -65,12 +65,12 @@ def row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> 
         a, b: A [r, K] and B [N, r], of any float dtype.
         scaling: s, a float or a 0-d tensor.
     """
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        a, b = a.detach(), b.detach()
-        if (
-            a.device.type == "cuda"
-        ):  # one kernel, which makes each tile of s B A where it adds it to W's
+    a, b = a.detach(), b.detach()
+    # One kernel, which makes each tile of s B A where it adds it to W's; meta, which has shapes alone, does as CUDA.
+    if a.device.type in ("cuda", "meta"):
+        with torch.no_grad():
             return ops.row_norms(base.whole(), a, b, scaling)
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         read = base.reader()
         squares, products = _read_once(base, read, a)
         scaled = b.double() * scaling

@@ -125,6 +125,11 @@ def load_tokenizer(model: str) -> Any:
         raise InputError(f"no usable tokenizer in --model {model}: {_brief(error)}") from error
 
 
+def pad_id(tokenizer: Any) -> int:
+    """What rows are filled up with; any token will do, for nothing looks at it."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
 def load_model(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A causal language model, frozen, in ``dtype`` on ``device``. A .gguf file is dequantized."""
     from transformers import AutoModelForCausalLM
@@ -189,10 +194,11 @@ class CausalLM:
         self.fixed = {"use_cache": False} if "use_cache" in accepted else {}
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [B, S] twice -> [B, S, V] in the dtype that the model computes in."""
+        """int64 [B, S] twice -> [B, S, V] in the dtype that the model computes in. Virtual tokens in front get none."""
         positions = {"position_ids": position_ids} if self.takes_positions else {}
         with self._casting(input_ids.device):
-            return self.model(input_ids=input_ids, **positions, **self.fixed).logits
+            logits: torch.Tensor = self.model(input_ids=input_ids, **positions, **self.fixed).logits
+        return logits[:, -input_ids.shape[1] :]
 
     def _casting(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if self.cast_to is None:

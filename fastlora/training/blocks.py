@@ -59,7 +59,7 @@ def prepare_data(config: FinetuneConfig, tokenizer: Any, display: Display) -> Da
     training = _segments(training, "data", config, display)
     held_out = packing.limit(_segments(held_out, "eval_data", config, display), config.eval_tokens)
     tokens = sum(map(len, training))
-    if config.packing and tokens < config.seq_length:
+    if config.packs and tokens < config.seq_length:
         raise InputError(
             f"{config.data}: {tokens} tokens to train on do not fill one block of --seq-length "
             f"{config.seq_length}; lower it, add text, or use --no-packing"
@@ -68,7 +68,7 @@ def prepare_data(config: FinetuneConfig, tokenizer: Any, display: Display) -> Da
     def blocks(segments: list[Document]) -> list[packing.Block]:
         return (
             packing.pack(segments, config.seq_length)
-            if config.packing
+            if config.packs
             else [(part,) for part in segments]
         )
 

@@ -9,7 +9,7 @@ import os
 import signal
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import base
-from .config import METHODS, FinetuneConfig
+from .config import FinetuneConfig, option
 from .energy import energy_counter
+from .engine import engine_of
 from .errors import FineTuneError, InputError, Interrupted, RunError
 from .estimate import enter_on_meta
-from .methods import method_of
+from .methods import METHOD_OPTIONS, METHODS, names
 from .output import OutputDirectory, check_free, read_record
 from .report import plot_comparison, read_log, write_json
 from .run import finetune
@@ -29,9 +30,7 @@ from .run import finetune
 if TYPE_CHECKING:
     from rich.console import Console
 
-FULL_RATE = (
-    0.1  # of --learning-rate: all weights take smaller steps than an adapter that begins at zero
-)
+LORA_RATE = METHODS["lora"].learning_rate
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Comparison:
 def compare(
     config: FinetuneConfig,
     methods: Sequence[str] = ("lora", "qlora", "full"),
-    full_learning_rate: float | None = None,
+    learning_rates: Mapping[str, float] | None = None,
     console: Console | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -108,9 +107,10 @@ def compare(
 
     Args:
         config: the run; ``method`` is not looked at, ``output`` is the directory of all. ``watch`` gives the general
-            perplexity.
+            perplexity. Options of some methods (``r``) are for those of ``methods`` that have them. ``learning_rate`` is
+            LoRA's; others take theirs in proportion. Documents are packed if every method can.
         methods: of ``METHODS``, in the order of the table.
-        full_learning_rate: of ``"full"``; None: a tenth of ``config.learning_rate``.
+        learning_rates: by method, where another one is wanted.
         console: its ``quiet`` is the runs' too.
         resume: continue a comparison: finished runs are kept, others go on from their checkpoints.
         overwrite: replace the comparison in ``config.output``.
@@ -123,16 +123,17 @@ def compare(
 
     console = console or Console()
     out = Comparison(config.output)
-    configs = _configs(config, methods, full_learning_rate)
+    learning_rates = dict(learning_rates or {})
+    configs = _configs(config, methods, learning_rates)
     facts = {
         "config": {**config.to_json(), "method": None},
         "methods": list(methods),
-        "full_learning_rate": full_learning_rate,
+        "learning_rates": learning_rates,
     }
     rows: list[Row] = []
     if resume:
         saved = out.read()
-        if all(saved.get(name) == facts[name] for name in ("config", "full_learning_rate")):
+        if all(saved.get(name) == facts[name] for name in ("config", "learning_rates")):
             rows = [Row(**row) for row in saved["rows"] if row["method"] in configs]
     else:
         out.check_free(overwrite)
@@ -156,36 +157,52 @@ def compare(
 
 
 def _configs(
-    config: FinetuneConfig, methods: Sequence[str], full_learning_rate: float | None
+    config: FinetuneConfig, methods: Sequence[str], learning_rates: Mapping[str, float]
 ) -> dict[str, FinetuneConfig]:
     """Each method's run; ``InputError`` for what cannot be compared."""
     if not methods:
-        raise InputError("--methods is empty: give some of " + ", ".join(METHODS))
+        raise InputError(f"--methods is empty: give some of {names(METHODS)}")
     for i, method in enumerate(methods):
         if method not in METHODS:
-            raise InputError(f"--methods {method!r} is not one of {', '.join(METHODS)}")
+            raise InputError(f"--methods {method!r} is not one of {names(METHODS)}")
         if method in methods[:i]:
             raise InputError(f"--methods names {method} twice")
     if config.max_minutes is not None:
         raise InputError("--max-minutes would give each method other steps; use --max-steps")
+    if absent := [name for name in learning_rates if name not in methods]:
+        raise InputError(f"--learning-rates: {absent[0]!r} is not one of --methods")
+    options = {name for method in methods for name in METHODS[method].options}
+    for name in METHOD_OPTIONS:
+        if getattr(config, name) is not None and name not in options:
+            raise InputError(f"{option(name)}: none of --methods has it; leave it out")
+    packing = config.packing
+    if packing is None:
+        packing = not any("packing" in METHODS[method].refuses for method in methods)
     configs = {}
     for method in methods:
-        changes: dict[str, Any] = {"method": method, "output": str(Path(config.output) / method)}
-        if method == "full":
-            rate = full_learning_rate or FULL_RATE * config.learning_rate
-            changes |= {"learning_rate": rate, "trainable_share": None}
-        configs[method] = dataclasses.replace(config, **changes)
+        kind = METHODS[method]
+        others = dict.fromkeys(options - kind.options.keys())
+        own = kind.learning_rate / LORA_RATE * (config.learning_rate or LORA_RATE)
+        rate = learning_rates.get(method, float(f"{own:.6g}"))
+        configs[method] = dataclasses.replace(
+            config,
+            **others,
+            method=method,
+            output=str(Path(config.output) / method),
+            packing=packing,
+            learning_rate=rate,
+        )
         configs[method].validate()
     return configs
 
 
 def _check(config: FinetuneConfig) -> None:
     """What can be known of a run before the one ahead of it has taken its hours."""
-    method = method_of(config)
-    method.check_base()
+    engine = engine_of(config)
+    engine.check_base()
     _, gguf = base.locate(config.model)
     if gguf is None and base.quantization(config.model) is None:
-        enter_on_meta(config, method, torch.bfloat16)
+        enter_on_meta(config, engine, torch.bfloat16)
 
 
 def _write(out: Comparison, facts: dict[str, Any], rows: list[Row]) -> None:
@@ -305,13 +322,12 @@ def _run(config: FinetuneConfig, resume: bool, overwrite: bool, quiet: bool) -> 
     out = OutputDirectory(config.output)
     seconds = [entry["seconds"] for entry in read_log(out.log) if "loss" in entry]
     steps = [after - before for before, after in zip([0.0, *seconds], seconds, strict=False)]
-    saved = Path(summary.adapter or summary.model or "")
     return Row(
         method=config.method,
-        learning_rate=config.learning_rate,
+        learning_rate=config.rate,
         trained_parameters=summary.trained_parameters,
         total_parameters=summary.total_parameters,
-        saved_bytes=sum(file.stat().st_size for file in saved.glob("*.safetensors")),
+        saved_bytes=summary.saved_bytes,
         steps=summary.steps,
         step_seconds=statistics.median(steps),
         tokens_per_second=summary.tokens_per_second,

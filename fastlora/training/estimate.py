@@ -11,10 +11,10 @@ from . import base
 from .blocks import prepare_data
 from .config import FinetuneConfig
 from .display import Display
+from .engine import Engine, engine_of
 from .errors import InputError
 from .footprint import Footprint, GpuKernels, backward
 from .loop import adamw, planned_steps, summed_loss
-from .methods import Method, method_of
 from .packing import Batch
 from .run import prepare_model
 
@@ -107,11 +107,11 @@ def estimate(
         dtype = torch.bfloat16 if for_gpu else torch.float32
     peak_rate = None if gpu is None else _named_rate(gpu, dtype)
 
-    method = method_of(config)
+    engine = engine_of(config)
     blocks = _blocks(config)
-    lm = enter_on_meta(config, method, dtype)
+    lm = enter_on_meta(config, engine, dtype)
     with base.quiet_transformers(), torch.random.fork_rng(devices=[]):
-        weights, optimizer, step = _run_step(lm, config, method.cast_to(dtype))
+        weights, optimizer, step = _run_step(lm, config, engine.cast_to(dtype))
     peak = step.peak + CUBLAS_BYTES
     reserved = round(peak * (1 + HOLES))
 
@@ -127,16 +127,16 @@ def estimate(
         source = f"{OF_GEMM:.0%} of {product / 1e12:.3g} TFLOP/s, measured on {here.type}"
     seconds = None if rate is None else step.flops / rate
     steps = None if blocks is None else planned_steps(config, blocks)
-    count, total = method.count(lm.model)
+    count, total = engine.count(lm.model)
     return Estimate(
         method=config.method,
-        rank=method.rank(lm.model),
+        rank=engine.rank(lm.model),
         dtype=str(dtype).removeprefix("torch."),
         batch_size=config.batch_size,
         seq_length=config.seq_length,
         trained_parameters=count,
         total_parameters=total,
-        saved_bytes=method.saved_bytes(lm.model, dtype),
+        saved_bytes=engine.saved_bytes(lm.model, dtype),
         weights_bytes=weights,
         optimizer_bytes=optimizer,
         peak_allocated_bytes=peak,
@@ -153,7 +153,7 @@ def estimate(
     )
 
 
-def enter_on_meta(config: FinetuneConfig, method: Method, dtype: torch.dtype) -> base.CausalLM:
+def enter_on_meta(config: FinetuneConfig, engine: Engine, dtype: torch.dtype) -> base.CausalLM:
     """The model to train, without memory. ``InputError`` for a model that cannot be trained so."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -170,14 +170,14 @@ def enter_on_meta(config: FinetuneConfig, method: Method, dtype: torch.dtype) ->
     try:
         with base.quiet_transformers(), torch.device("meta"):
             settings = AutoConfig.from_pretrained(directory, local_files_only=True)
-            model = AutoModelForCausalLM.from_config(settings, dtype=method.stored_as(dtype))
+            model = AutoModelForCausalLM.from_config(settings, dtype=engine.stored_as(dtype))
     except Exception as error:  # transformers raises many kinds for an unusable directory
         raise InputError(
             f"--model {config.model} is no causal language model: {type(error).__name__}: {error}"
         ) from error
     prepare_model(model.requires_grad_(False), config, None)
     with base.quiet_transformers(), torch.random.fork_rng(devices=[]):
-        trained = method.enter(model, torch.device("meta"), lambda text: None)
+        trained = engine.enter(model, torch.device("meta"), lambda text: None)
     return base.CausalLM(trained.train(), model)
 
 
@@ -195,11 +195,11 @@ def _run_step(
     lm: base.CausalLM, config: FinetuneConfig, cast_to: torch.dtype | None
 ) -> tuple[int, int, Footprint]:
     """Bytes of the weights and of the optimizer's state, and the footprint of one step."""
-    step = Footprint(one_document=not config.packing)
+    step = Footprint(one_document=not config.packs)
     step.hold([*lm.model.parameters(), *lm.model.buffers()])
     weights = step.now
     trained = [p for p in lm.model.parameters() if p.requires_grad]
-    optimizer = adamw(trained, config, foreach=True)  # as it runs on a GPU
+    optimizer = adamw(lm.model, config, foreach=True)  # as it runs on a GPU
     shape = config.batch_size, config.seq_length
     kernels = GpuKernels(step, cast_to)
     with step, kernels:

@@ -22,6 +22,7 @@ from ..io.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from ..optim import create_loraplus_optimizer
 from .base import CausalLM
 from .config import FinetuneConfig
 from .display import Display
@@ -102,9 +103,20 @@ def mean_loss(
 
 
 def adamw(
-    parameters: list[torch.nn.Parameter], config: FinetuneConfig, foreach: bool | None = None
+    model: torch.nn.Module, config: FinetuneConfig, foreach: bool | None = None
 ) -> torch.optim.AdamW:
-    """The run's optimizer; ``foreach`` as torch has it. Biases and norms are not decayed."""
+    """The run's optimizer, over what ``model`` trains; ``foreach`` as torch has it. Biases and norms are not decayed; with
+    LoRA+ the groups are PEFT's."""
+    if config.loraplus_ratio is not None:
+        return create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=config.rate,
+            loraplus_lr_ratio=config.loraplus_ratio,
+            loraplus_weight_decay=config.weight_decay,
+            foreach=foreach,
+        )
+    parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [
             {
@@ -113,7 +125,7 @@ def adamw(
             },
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ],
-        lr=config.learning_rate,
+        lr=config.rate,
         foreach=foreach,
     )
 
@@ -149,7 +161,8 @@ class Trainer:
         self.parameters = {name: p for name, p in lm.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise InputError("nothing to train: the adapter has no trainable parameter")
-        self.optimizer = adamw(list(self.parameters.values()), config)
+        self.optimizer = adamw(lm.model, config)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # at their peak
         self.unfreezing = Unfreezing(self.parameters, config.unfreeze_over)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.order = _batch_order(config, len(blocks))
@@ -213,7 +226,7 @@ class Trainer:
         start = time.perf_counter()
         config = self.config
         chosen = [self.blocks[i] for i in self.order(self.step)]
-        length = config.seq_length if config.packing else None
+        length = config.seq_length if config.packs else None
         batches = [
             collate(chosen[i : i + config.batch_size], self.pad_id, length)
             for i in range(0, len(chosen), config.batch_size)
@@ -221,9 +234,9 @@ class Trainer:
         targets = sum(batch.targets for batch in batches)
         progress = self.horizon.progress(self.step, self.seconds)
         self.unfreezing.at(progress)
-        lr = config.learning_rate * lr_factor(progress, config.warmup, config.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        factor = lr_factor(progress, config.warmup, config.schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
         total = torch.zeros((), device=self.device)
         for batch in batches:
             loss = summed_loss(self.lm, batch, self.device) / targets
@@ -247,7 +260,7 @@ class Trainer:
         return {
             "step": self.step,
             "loss": loss_value,
-            "learning_rate": lr,
+            "learning_rate": config.rate * factor,
             "grad_norm": norm_value,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),

@@ -1,212 +1,201 @@
-"""What ``--method``s differ in: how the base is loaded, what of it is trained, what is saved. The rest of a run asks here."""
+"""Every ``--method``: what it is, which options it has, and what they are where they are not given. Imports no torch.
+
+``finetune``, ``compare`` and ``estimate``, their help and their refusals are made of this table.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
 
-from ..io import save_adapter
-from ..io.adapter import adapter_size
-from ..io.checkpoint import replace_file
-from ..io.files import safetensors_size
-from ..methods import LoraConfig
-from ..models import get_peft_model
-from ..models.budget import rank_for_share
-from . import base
-from .config import FinetuneConfig
-from .errors import InputError
-from .output import OutputDirectory
+@dataclass(frozen=True)
+class Option:
+    """What a method makes of an option.
 
+    Args:
+        field: of the method's configuration, which gets the value; None: the run itself uses it.
+        default: None leaves the configuration's own.
+        values: those accepted -> what the field gets; empty: any, which the configuration checks.
+    """
 
-class Method:
-    """One way to train a model: a ``FinetuneConfig`` and what its ``method`` means."""
-
-    def __init__(self, config: FinetuneConfig) -> None:
-        self.config = config
-
-    def describe(self) -> str:
-        """For the reader."""
-        return self.config.method
-
-    def stored_as(self, dtype: torch.dtype) -> torch.dtype:
-        """The base's dtype in a run that computes in ``dtype``."""
-        return dtype
-
-    def cast_to(self, dtype: torch.dtype) -> torch.dtype | None:
-        """What autocast makes of products in a run that computes in ``dtype``; None: the model is in that dtype."""
-        return None
-
-    def check_base(self) -> None:
-        """``InputError`` where ``--model`` is none that this method takes; reads no weights."""
-
-    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The base, frozen. Raises ``InputError``."""
-        self.check_base()
-        return base.load_model(self.config.model, self.stored_as(dtype), device)
-
-    def enter(self, model: Any, device: torch.device, say: Callable[[str], None]) -> Any:
-        """The model to train, on ``device``: those of its parameters require grad, in fp32, that are trained."""
-        raise NotImplementedError
-
-    def count(self, model: Any) -> tuple[int, int]:
-        """(trained, all) parameters of what ``enter`` returned, as everything below takes it."""
-        raise NotImplementedError
-
-    def rank(self, model: Any) -> int | None:
-        """Of the adapter, if there is one."""
-        return None
-
-    def saved_bytes(self, model: Any, dtype: torch.dtype) -> int:
-        """Of the file of weights that ``save`` writes (of one file, where it writes several)."""
-        raise NotImplementedError
-
-    def result(self, out: OutputDirectory) -> Path:
-        """Where ``save`` puts what was trained."""
-        raise NotImplementedError
-
-    def save(self, model: Any, out: OutputDirectory, tokenizer: Any, dtype: torch.dtype) -> None:
-        """Write what was trained; what was there before stays until the new files are whole."""
-        raise NotImplementedError
+    field: str | None = None
+    default: Any = None
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class LowRank(Method):
-    """lora, rslora, qlora: an adapter beside a frozen base, which qlora holds in 4 bits."""
+@dataclass(frozen=True)
+class MethodKind:
+    """One line of the table.
 
-    def describe(self) -> str:
-        config = self.config
-        rank = f"r={config.r}"
-        if config.trainable_share is not None:
-            rank = f"r for {config.trainable_share:.2%}"
-        return f"{config.method} {rank} alpha={config.alpha:g} on {config.target_modules}"
+    Args:
+        title: for the reader.
+        page: of docs/.
+        learning_rate: where none is given; AdamW's.
+        configuration: what makes the adapter's configuration, by its name in ``fastlora.methods``; None: no adapter, all
+            weights are trained.
+        options: of this method alone, by their names in ``FinetuneConfig``.
+        fixed: fields of the configuration that make it this method.
+        refuses: options of every run that this method cannot have -> why, and what to do.
+        trains_base: parameters of the base itself are trained, in fp32: products in 16 bits need autocast.
+    """
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        # What is quantised is loaded on the CPU: in full precision it need not fit on the GPU.
-        return super().load(dtype, torch.device("cpu") if self.config.method == "qlora" else device)
-
-    def enter(self, model: Any, device: torch.device, say: Callable[[str], None]) -> Any:
-        config = self.config
-        try:
-            lora = LoraConfig(
-                r=config.r,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=_target_modules(config.target_modules, model),
-                use_rslora=config.method == "rslora",
-                quantize="nf4" if config.method == "qlora" else None,
-                task_type="CAUSAL_LM",
-                base_model_name_or_path=str(Path(config.model).resolve()),
-            )
-            if config.trainable_share is not None:
-                lora.r = rank_for_share(model, lora, config.trainable_share)
-                say(f"rank {lora.r} trains at most {config.trainable_share:.2%} of the model")
-            adapted = get_peft_model(model, lora, device=device)
-        except (ValueError, NotImplementedError) as error:
-            raise InputError(f"the adapter cannot be added to {config.model}: {error}") from error
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = (
-                    parameter.data.float()
-                )  # an optimizer's small steps vanish in 16 bits
-        return adapted
-
-    def count(self, model: Any) -> tuple[int, int]:
-        trained, total = model.get_nb_trainable_parameters()
-        return trained, total
-
-    def rank(self, model: Any) -> int | None:
-        return int(model.peft_config["default"].r)
-
-    def saved_bytes(self, model: Any, dtype: torch.dtype) -> int:
-        return adapter_size(model)
-
-    def result(self, out: OutputDirectory) -> Path:
-        return out.adapter
-
-    def save(self, model: Any, out: OutputDirectory, tokenizer: Any, dtype: torch.dtype) -> None:
-        save_adapter(model, out.adapter)
+    title: str
+    page: str
+    learning_rate: float
+    configuration: str | None
+    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    trains_base: bool = False
 
 
-class Full(Method):
-    """All parameters, kept in fp32; products are autocast to the run's dtype. Saved as a plain checkpoint in that dtype."""
-
-    def stored_as(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
-
-    def cast_to(self, dtype: torch.dtype) -> torch.dtype | None:
-        return None if dtype == torch.float32 else dtype
-
-    def check_base(self) -> None:
-        how = base.quantization(self.config.model)
-        if how is not None:
-            raise InputError(
-                f"--method full: --model {self.config.model} is quantised ({how}), and such weights cannot be trained; "
-                "give the original model, or --method qlora"
-            )
-
-    def enter(self, model: Any, device: torch.device, say: Callable[[str], None]) -> Any:
-        return model.to(device).requires_grad_(True)
-
-    def count(self, model: Any) -> tuple[int, int]:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        return total, total
-
-    def saved_bytes(self, model: Any, dtype: torch.dtype) -> int:
-        on_meta = {n: p.to("meta", dtype) for n, p in model.named_parameters()}
-        return safetensors_size(on_meta)
-
-    def result(self, out: OutputDirectory) -> Path:
-        return out.model
-
-    def save(self, model: Any, out: OutputDirectory, tokenizer: Any, dtype: torch.dtype) -> None:
-        building = out.model.with_name(f".{out.model.name}.building")
-        before = out.model.with_name(f".{out.model.name}.before")
-        for left in (building, before):
-            shutil.rmtree(left, ignore_errors=True)
-        # On the CPU: a GPU that trains all of a model has no room for a copy of it. By memory: tied weights stay one.
-        state = model.state_dict()
-        cast = {
-            (v.data_ptr(), v.shape): v.to("cpu", dtype if v.is_floating_point() else v.dtype)
-            for v in state.values()
-        }
-        state = {name: cast[v.data_ptr(), v.shape] for name, v in state.items()}
-        with base.quiet_transformers():
-            model.save_pretrained(building, state_dict=state)
-        tokenizer.save_pretrained(building)
-        file = building / "config.json"  # transformers notes the dtype that it trained in
-        written = json.loads(file.read_bytes()) | {"dtype": str(dtype).removeprefix("torch.")}
-        replace_file(file, (json.dumps(written, indent=2) + "\n").encode())
-        if out.model.exists():
-            out.model.rename(before)
-        building.rename(out.model)
-        shutil.rmtree(before, ignore_errors=True)
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
 
 
-def method_of(config: FinetuneConfig) -> Method:
-    """The method that ``config.method`` names."""
-    return (Full if config.method == "full" else LowRank)(config)
+def _lora(*inits: str) -> dict[str, Option]:
+    return {
+        "r": Option("r", 16),
+        "trainable_share": Option(),
+        "alpha": Option("lora_alpha", 32.0),
+        "dropout": Option("lora_dropout", 0.0),
+        "target_modules": Option("target_modules", "all-linear"),
+        "init": Option("init_lora_weights", None, _same("gaussian", "orthogonal", "eva", *inits)),
+        "loraplus_ratio": Option(),
+    }
 
 
-def _target_modules(wanted: str, model: nn.Module) -> str | list[str]:
-    """``--target-modules`` as LoraConfig takes it; every name must exist: no typo is ignored."""
-    if wanted == "all-linear":
-        return wanted
-    if wanted.startswith("regex:"):
-        return wanted.removeprefix("regex:")
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    modules = dict(model.named_modules())
-    unknown = [n for n in names if not any(m == n or m.endswith(f".{n}") for m in modules)]
-    if unknown:
-        linears = {
-            name.rsplit(".", 1)[-1] for name, m in modules.items() if isinstance(m, nn.Linear)
-        }
-        raise InputError(
-            f"--target-modules: the model has no module {', '.join(unknown)}; its linear layers are "
-            f"{', '.join(sorted(linears))} (or give all-linear, or regex:PATTERN)"
-        )
-    return names
+# PiSSA and OLoRA take factors out of a weight, which cannot be put back into 4 bits; LoftQ makes up for those bits.
+_IN_FLOATS = _lora("pissa", "olora")
+_IN_4_BITS = _lora("loftq")
+
+_ACTIVATIONS = _same("relu", "gelu", "gelu_new", "swish", "leakyrelu", "tanh", "sigmoid", "mish", "linear")  # fmt: skip
+
+
+def _bottleneck(reduction_factor: float, activation: str) -> dict[str, Option]:
+    return {
+        "reduction_factor": Option("reduction_factor", reduction_factor),
+        "activation": Option("non_linearity", activation, _ACTIVATIONS),
+        "dropout": Option("dropout", 0.0),
+        "target_modules": Option("target_modules"),
+    }
+
+
+_TOKENS = {"virtual_tokens": Option("num_virtual_tokens", 20)}
+_HIDDEN = {"encoder_hidden_size": Option("encoder_hidden_size")}
+_IN_FRONT = {
+    "packing": "of the documents packed into a row only the first would see the virtual tokens in front; leave --packing out",
+    "unfreeze_over": "virtual tokens are in no layer; leave it out",
+}
+_NO_RECOMPUTING = {
+    "gradient_checkpointing": "layers that compute again get no cache, and a prefix is in the cache; leave it out, or take "
+    "prompt_tuning or p_tuning"
+}
+
+METHODS: dict[str, MethodKind] = {
+    "lora": MethodKind("LoRA", "lora", 2e-4, "LoraConfig", _IN_FLOATS),
+    "rslora": MethodKind(
+        "LoRA scaled by alpha / sqrt r", "lora", 2e-4, "LoraConfig", _IN_FLOATS, {"use_rslora": True}
+    ),
+    "qlora": MethodKind(
+        "LoRA over a base in 4 bits", "qlora", 2e-4, "LoraConfig", _IN_4_BITS, {"quantize": "nf4"}
+    ),
+    "dora": MethodKind("DoRA", "dora", 2e-4, "LoraConfig", _IN_FLOATS, {"use_dora": True}),
+    "qdora": MethodKind(
+        "DoRA over a base in 4 bits",
+        "dora",
+        2e-4,
+        "LoraConfig",
+        _IN_4_BITS,
+        {"use_dora": True, "quantize": "nf4"},
+    ),
+    "houlsby": MethodKind(
+        "bottleneck adapters behind attention and feed-forward",
+        "bottleneck",
+        1e-3,
+        "HoulsbyConfig",
+        _bottleneck(16, "swish"),
+    ),
+    "pfeiffer": MethodKind(
+        "bottleneck adapters behind the feed-forward",
+        "bottleneck",
+        1e-3,
+        "PfeifferConfig",
+        _bottleneck(16, "relu"),
+    ),
+    "parallel": MethodKind(
+        "bottleneck adapters beside the feed-forward",
+        "bottleneck",
+        1e-3,
+        "ParallelConfig",
+        _bottleneck(2, "relu"),
+    ),
+    "prefix_tuning": MethodKind(
+        "keys and values in front of every layer's",
+        "prefix_tuning",
+        1e-2,
+        "PrefixTuningConfig",
+        _TOKENS
+        | {"encoder": Option("prefix_projection", "none", {"none": False, "mlp": True})}
+        | _HIDDEN,
+        refuses=_IN_FRONT | _NO_RECOMPUTING,
+    ),
+    "prompt_tuning": MethodKind(
+        "embeddings in front of the input's",
+        "prompt_tuning",
+        3e-2,
+        "PromptTuningConfig",
+        _TOKENS | {"prompt_text": Option()},
+        {"prompt_tuning_init": "SAMPLE_VOCAB"},
+        refuses=_IN_FRONT,
+    ),
+    "p_tuning": MethodKind(
+        "the same, made by a network",
+        "prompt_tuning",
+        1e-3,
+        "PromptEncoderConfig",
+        _TOKENS
+        | {"encoder": Option("encoder_reparameterization_type", "mlp", {"mlp": "MLP", "lstm": "LSTM"})}  # fmt: skip
+        | _HIDDEN,
+        refuses=_IN_FRONT,
+    ),
+    "ia3": MethodKind(
+        "vectors that scale", "ia3", 3e-3, "IA3Config", {"target_modules": Option("target_modules")}
+    ),
+    "ln_tuning": MethodKind(
+        "the norms",
+        "ln_tuning",
+        1e-3,
+        "LNTuningConfig",
+        {"target_modules": Option("target_modules")},
+        trains_base=True,
+    ),
+    "full": MethodKind("all weights", "keeping_knowledge", 2e-5, None, trains_base=True),
+}
+
+METHOD_OPTIONS = tuple(dict.fromkeys(name for kind in METHODS.values() for name in kind.options))
+
+
+def having(name: str) -> list[str]:
+    """The methods that have an option."""
+    return [method for method, kind in METHODS.items() if name in kind.options]
+
+
+def having_told(name: str) -> str:
+    """For help: the methods that have an option, and what it is by default."""
+    told = []
+    for default, methods in itertools.groupby(
+        having(name), key=lambda method: METHODS[method].options[name].default
+    ):
+        value = f"{default:g}" if isinstance(default, float) else default
+        told.append(names(methods) + ("" if default is None else f" (default {value})"))
+    return f"{'; '.join(told)}."
+
+
+def names(values: Iterable[Any]) -> str:
+    """For messages and help."""
+    return ", ".join(map(str, values))

@@ -140,16 +140,17 @@ def plot_curve(entries: list[Entry], path: Path, title: str) -> None:
 
 def plot_comparison(logs: dict[str, list[Entry]], path: Path) -> None:
     """Runs of several methods in one picture: smoothed training loss and held-out loss, and beside them the watched loss."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    colours = colormaps["tab10" if len(logs) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     watched = any(entry.get("watch_loss") is not None for log in logs.values() for entry in log)
     figure = Figure(figsize=(12 if watched else 8, 4.5), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
     keys = ("eval_loss", "watch_loss")
     titles = ("task: held-out loss, and training loss smoothed", "general text (--watch)")
     for axes, key, title in zip(panels, keys, titles, strict=False):
-        for i, (method, log) in enumerate(logs.items()):
-            colour = f"C{i}"
+        for colour, (method, log) in zip(colours, logs.items(), strict=False):
             train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
             if key == "eval_loss" and train:
                 steps, losses = zip(*train, strict=True)
@@ -162,7 +163,7 @@ def plot_comparison(logs: dict[str, list[Entry]], path: Path) -> None:
         axes.set_ylabel("loss per token (nats)")
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend()
+            axes.legend(fontsize="small", ncols=1 + len(logs) // 8)
     _write_png(figure, path)
 
 

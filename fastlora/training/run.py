@@ -15,8 +15,8 @@ from . import base
 from .blocks import Data, prepare_data
 from .config import FinetuneConfig
 from .display import Display
+from .engine import engine_of
 from .errors import InputError, RunError
-from .methods import method_of
 from .output import OutputDirectory, run_facts
 from .sample import encode_prompt
 from .session import Session, Summary
@@ -90,27 +90,28 @@ def _run(
     if config.sample_prompt is not None:
         encode_prompt(config.sample_prompt, tokenizer, chat=False)
     data = prepare_data(config, tokenizer, display)
-    dtype, method = base.pick_dtype(config.dtype, device), method_of(config)
+    dtype, engine = base.pick_dtype(config.dtype, device), engine_of(config)
     display.say(
         f"data: {data.training_tokens:,} tokens in {len(data.training)} blocks to train on, "
         f"{data.held_out_tokens:,} in {len(data.held_out)} held out"
     )
     display.say(
         f"model: {config.model} in {str(dtype).removeprefix('torch.')} on {device}, "
-        f"{method.describe()}"
+        f"{engine.describe()}"
     )
     _seed(config.seed)
-    model = method.load(dtype, device)
+    model = engine.load(dtype, device)
     prepare_model(model, config, data)
     _seed(config.seed)  # loading may draw; the adapter's initial values depend on the seed alone
-    lm = base.CausalLM(method.enter(model, device, display.say), model, method.cast_to(dtype))
+    lm = base.CausalLM(engine.enter(model, device, display.say), model, engine.cast_to(dtype))
+    engine.begin(lm, data, base.pad_id(tokenizer))
     if data.shares_blocks and not base.keeps_documents_apart(lm, device):
         display.warn(
             f"{type(model).__name__} lets the documents packed into a block see those before them; "
             "--no-packing trains each by itself"
         )
     out.claim(facts, resume)
-    return Session(config, device, dtype, display, out, tokenizer, data, lm, method).go(resume)
+    return Session(config, device, dtype, display, out, tokenizer, data, lm, engine).go(resume)
 
 
 def prepare_model(model: Any, config: FinetuneConfig, data: Data | None) -> None:
@@ -122,8 +123,12 @@ def prepare_model(model: Any, config: FinetuneConfig, data: Data | None) -> None
             f"the tokenizer gives id {data.largest_id} but the model knows {vocabulary} tokens: they do not belong together"
         )
     longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and config.seq_length > longest:
-        raise InputError(f"--seq-length {config.seq_length}: {name} takes at most {longest} tokens")
+    virtual = config.chosen("virtual_tokens") or 0
+    if isinstance(longest, int) and config.seq_length + virtual > longest:
+        with_them = f" with {virtual} virtual tokens" if virtual else ""
+        raise InputError(
+            f"--seq-length {config.seq_length}{with_them}: {name} takes at most {longest} tokens"
+        )
     if config.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise InputError(f"--gradient-checkpointing: {name} does not support it")

@@ -13,13 +13,13 @@ import torch
 from safetensors import SafetensorError
 
 from ..io.checkpoint import latest_checkpoint
-from .base import CausalLM
+from . import base
 from .blocks import Data
 from .config import FinetuneConfig
 from .display import Display, clock, peak_memory
+from .engine import Engine
 from .errors import RunError
 from .loop import SAVED, StopRequest, Trainer, mean_loss
-from .methods import Method
 from .output import OutputDirectory
 from .packing import Block
 from .report import RunLog, plot_curve, write_json
@@ -45,6 +45,7 @@ class Summary:
     peak_memory_bytes: int
     trained_parameters: int
     total_parameters: int
+    saved_bytes: int
     training_tokens: int
     held_out_tokens: int
     device: str
@@ -76,19 +77,19 @@ class Session:
         out: OutputDirectory,
         tokenizer: Any,
         data: Data,
-        lm: CausalLM,
-        method: Method,
+        lm: base.CausalLM,
+        engine: Engine,
     ) -> None:
         self.config, self.device, self.dtype, self.display = config, device, dtype, display
         self.out, self.tokenizer, self.data, self.lm = out, tokenizer, data, lm
-        self.method = method
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.engine = engine
+        self.pad_id = base.pad_id(tokenizer)
         self.stop = StopRequest()
         self.log = RunLog(out.log)
         self.trainer = Trainer(
             lm, data.training, config, device, dtype, self.pad_id, self.log, display, self.stop
         )
-        self.trained, self.total = method.count(lm.model)
+        self.trained, self.total = engine.count(lm.model)
         self.before = Losses(math.nan, None)
         self.sample_before: str | None = None
         self.exported_step = -1
@@ -193,7 +194,7 @@ class Session:
                 extra = {"losses_before": list(self.before), "sample_before": self.sample_before}
                 self.trainer.save(self.out.checkpoints, extra)
             if self.exported_step != step:
-                self.method.save(self.lm.model, self.out, self.tokenizer, self.dtype)
+                self.engine.save(self.lm.model, self.out, self.tokenizer, self.dtype)
                 self.exported_step = step
         except (OSError, SafetensorError) as error:
             full = getattr(error, "errno", None) in _DISK_FULL or "os error 28" in str(error)
@@ -216,7 +217,7 @@ class Session:
 
     def _finish(self) -> Summary:
         before, after = self.before, self._evaluate("after training")
-        trainer, out, result = self.trainer, self.out, self.method.result(self.out)
+        trainer, out, result = self.trainer, self.out, self.engine.result(self.out)
         summary = Summary(
             perplexity_before=_perplexity(before.held_out),
             perplexity_after=_perplexity(after.held_out),
@@ -229,6 +230,7 @@ class Session:
             peak_memory_bytes=peak_memory(self.device),
             trained_parameters=self.trained,
             total_parameters=self.total,
+            saved_bytes=sum(file.stat().st_size for file in result.glob("*.safetensors")),
             training_tokens=self.data.training_tokens,
             held_out_tokens=self.data.held_out_tokens,
             device=torch.cuda.get_device_name(self.device)
@@ -254,7 +256,8 @@ class Session:
                 f"\nsample before: {prompt}{summary.sample_before}\n\nsample after: {prompt}{summary.sample_after}\n"
             )
         write_json(out.summary, dataclasses.asdict(summary))
-        say(f"{result.name + ':':<8} {result}\ncurve:   {summary.curve}\nlog:     {summary.log}")
+        say(
+            f"{result.name + ':':<8} {result} ({summary.saved_bytes / 2**20:,.3g} MiB)\ncurve:   {summary.curve}\nlog:     {summary.log}")
         return summary
 
     def _plot(self) -> None:

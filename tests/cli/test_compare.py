@@ -111,12 +111,12 @@ def test_a_run_that_fails_leaves_what_was_finished(config: FinetuneConfig, tmp_p
     facts = {
         "config": {**config.to_json(), "method": None},
         "methods": ["rslora", "full"],
-        "full_learning_rate": 1e12,
+        "learning_rates": {"full": 1e12},
         "rows": [dataclasses.asdict(done)],
     }
     (out / "compare.json").write_text(json.dumps(facts))
     with pytest.raises(RunError, match=r"full: the .* became") as caught:
-        compare(config, ["rslora", "full"], 1e12, Console(quiet=True), resume=True)
+        compare(config, ["rslora", "full"], {"full": 1e12}, Console(quiet=True), resume=True)
     assert caught.value.exit_code == 1
     assert read(out / "compare.json") == facts
     assert "rslora" in (out / "compare.md").read_text()
@@ -168,7 +168,10 @@ def test_what_cannot_be_compared(
         (("--methods", "lora,full", "--model", quantised), "is quantised (bitsandbytes)"),
         (("--methods", "full,lora", "--target-modules", "x_proj"), "no module x_proj"),
         (("--seq-length", 4096), "takes at most 128 tokens"),
-        (("--full-learning-rate", -1), "--learning-rate -1.0 must be a positive"),
+        (("--learning-rates", "full=-1"), "--learning-rate -1.0 must be a positive"),
+        (("--learning-rates", "full"), "'full' is not METHOD=RATE"),
+        (("--learning-rates", "ia3=1"), "'ia3' is not one of --methods"),
+        (("--virtual-tokens", 4), "--virtual-tokens: none of --methods has it"),
         (("--output", foreign), "is not empty"),
         (("--output", foreign, "--overwrite"), "was not written by fastlora compare"),
         (("--resume",), "holds no comparison"),

@@ -21,6 +21,7 @@ from fastlora.training.estimate import (
     estimate,
 )
 from fastlora.training.footprint import Footprint, GpuKernels, backward
+from fastlora.training.methods import METHODS
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
@@ -71,12 +72,16 @@ def test_peaks_are_within_a_tenth_of_those_measured(case: memory.Case, tmp_path:
     assert made.trained_parameters == factors
 
 
+def ranked(method: str) -> dict[str, int]:
+    return {"r": 4} if "r" in METHODS[method].options else {}
+
+
 def tiny(model_dir: Path, method: str = "lora", **options: Any) -> Estimate:
-    options = {"seq_length": 32, "batch_size": 2, "r": 4} | options
+    options = {"seq_length": 32, "batch_size": 2, **ranked(method)} | options
     return estimate(run(model_dir, method, **options), tokens_per_second=1.0)
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "qlora", "full"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sizes_and_counts_are_exactly_those_of_a_run(
     model_dir: Path, tmp_path: Path, method: str, dtype: str
@@ -85,7 +90,7 @@ def test_sizes_and_counts_are_exactly_those_of_a_run(
     summary, saved = trained(model_dir, tmp_path, method, dtype)
     assert (made.trained_parameters, made.total_parameters) == summary
     assert made.saved_bytes == saved
-    assert made.rank == (None if method == "full" else 4)
+    assert made.rank == ranked(method).get("r")
 
 
 def trained(model_dir: Path, folder: Path, method: str, dtype: str) -> tuple[tuple[int, int], int]:
@@ -93,10 +98,10 @@ def trained(model_dir: Path, folder: Path, method: str, dtype: str) -> tuple[tup
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fastlora.training import base
-    from fastlora.training.methods import method_of
+    from fastlora.training.engine import engine_of
     from fastlora.training.output import OutputDirectory
 
-    how = method_of(FinetuneConfig(model=str(model_dir), data="", method=method, r=4))
+    how = engine_of(run(model_dir, method, **ranked(method)))
     wanted = base.DTYPES[dtype]
     model = how.load(wanted, torch.device("cpu"))
     entered = how.enter(model, torch.device("cpu"), print)
@@ -199,7 +204,7 @@ def test_a_full_step_holds_what_it_holds_on_a_cpu(
 
     from fastlora.training import base
     from fastlora.training.loop import adamw, summed_loss
-    from fastlora.training.methods import method_of
+    from fastlora.training.engine import engine_of
     from fastlora.training.packing import Batch
     from fastlora.training.run import prepare_model
 
@@ -214,15 +219,15 @@ def test_a_full_step_holds_what_it_holds_on_a_cpu(
         gradient_checkpointing=checkpointing,
     )
     made = estimate(config, tokens_per_second=1.0)
-    method, cpu = method_of(config), torch.device("cpu")
+    engine, cpu = engine_of(config), torch.device("cpu")
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     prepare_model(model, config, None)
     lm = base.CausalLM(
-        method.enter(model, cpu, print).train(), model, method.cast_to(base.DTYPES[dtype])
+        engine.enter(model, cpu, print).train(), model, engine.cast_to(base.DTYPES[dtype])
     )
     real = Footprint("cpu")
     real.hold([*model.parameters(), *model.buffers()])
-    optimizer = adamw(list(model.parameters()), config, foreach=True)
+    optimizer = adamw(model, config, foreach=True)
     with real:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -279,7 +284,7 @@ def test_the_command(fastlora_cli: Any, model_dir: Path, text_file: Path) -> Non
     options = ("estimate", "--model", model_dir, "--seq-length", 32, "--r", 4)
     result = fastlora_cli(*options, "--card", 8, "--gpu", "RTX 4090")
     assert result.exit_code == 0, result.output
-    for text in ("lora r=4", "fits: 7.25 GiB", "adapter file", "tokens/s", "46% of 165 TFLOP/s"):
+    for text in ("lora r=4,", "fits: 7.25 GiB", "adapter file", "tokens/s", "46% of 165 TFLOP/s"):
         assert text in result.stdout
     tight = fastlora_cli(*options, "--card", 0.76)
     assert "does not fit" in tight.stdout
@@ -318,7 +323,7 @@ def test_what_cannot_be_estimated(fastlora_cli: Any, model_dir: Path, tmp_path: 
         (("--model", model_dir, "--target-modules", "x_proj"), "no module x_proj"),
         (("--model", model_dir, "--r", 8, "--trainable-share", "1%"), "exclude each other"),
         (("--model", model_dir, "--method", "magic"), "--method 'magic'"),
-        (("--model", model_dir, "--method", "full", "--r", 8), "so no --r"),
+        (("--model", model_dir, "--method", "full", "--r", 8), "--method full has no --r"),
     ):
         fitting = () if "--seq-length" in arguments else ("--seq-length", 64)
         result = fastlora_cli("estimate", *fitting, *arguments)

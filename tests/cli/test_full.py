@@ -171,8 +171,8 @@ def test_what_full_cannot_be(full_cli: Any, model_dir: Path, tmp_path: Path) -> 
     (quantised / "config.json").write_text(json.dumps(config))
     for result, message in (
         (full_cli(model=quantised), "is quantised (bitsandbytes)"),
-        (full_cli("--r", 8), "--method full has no adapter, so no --r"),
-        (full_cli("--target-modules", "q_proj"), "so no --target-modules"),
+        (full_cli("--r", 8), "--method full has no --r: leave it out, or take one of lora"),
+        (full_cli("--target-modules", "q_proj"), "has no --target-modules"),
         (full_cli("--trainable-share", "1%"), "--trainable-share"),
     ):
         assert result.exit_code == 2, result.output
