@@ -105,6 +105,10 @@ def estimate(
         dtype = base.DTYPES[config.dtype]
     else:
         dtype = torch.bfloat16 if for_gpu else torch.float32
+    if config.init == "eva":
+        raise InputError(
+            "--init eva gives layers ranks by the data, which is not run here: leave it out, for the sum of ranks stays"
+        )
     peak_rate = None if gpu is None else _named_rate(gpu, dtype)
 
     engine = engine_of(config)

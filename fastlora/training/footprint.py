@@ -104,7 +104,17 @@ def _backward(
     return low_rank + (0 if weight is None else 2 * m * n * k)
 
 
+def _wgrad(x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None) -> int:
+    pairs = ((x, g), (dy, h))  # g^T x, dY^T h
+    return sum(
+        2 * wide.numel() * thin.shape[1] for wide, thin in pairs if None not in (wide, thin)
+    )
+
+
 _OWN_FLOPS: dict[Any, Callable[..., int]] = {
+    _own._down.default: lambda x, l, *_: 2 * x.numel() * l.shape[0],
+    _own._wgrad.default: lambda x, g, dy, h, *_: _wgrad(x, g, dy, h),
+    _own._row_norms.default: lambda w, a, *_: 2 * w.numel() * (a.shape[0] + 1),
     _own._gemm.default: lambda x, w, h, l, *_: _forward(x, w.shape[0], None),
     _own._lora_forward.default: lambda x, w, a, *_: _forward(x, w.shape[0], a),
     _own._lora_backward.default: lambda dy, w, a, b, x, h, *rest: _backward(

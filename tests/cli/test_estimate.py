@@ -136,6 +136,14 @@ def test_operations_are_those_counted_by_hand(model_dir: Path) -> None:
     again = per_token(gradient_checkpointing=True) - per_token()
     # up to what backward needs first: the last product of a layer is not made again
     assert again == pytest.approx(base + factors + scores * 2, rel=0.15)
+    assert per_token(method="dora") == pytest.approx(
+        lora + sum(2 * n * k * 5 for n, k in linears) / (2 * tokens), rel=1e-9
+    )  # s B A once a step
+    # Two bottlenecks of width 2 a layer: two products forward, four backward.
+    wide = 2 * 2 * 4 * 2 * h
+    assert per_token(method="houlsby") == pytest.approx(
+        per_token(method="ln_tuning") + 3 * wide, rel=0.02
+    )
     assert per_token(method="full") == pytest.approx(
         3 * (base + head) + scores * 2 * 7 // 2, rel=1e-9
     )
@@ -194,12 +202,19 @@ def test_memory_grows_as_it_must(model_dir: Path) -> None:
     assert accumulated.step_seconds == pytest.approx(2 * tiny(model_dir, "full").step_seconds)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_full_step_holds_what_it_holds_on_a_cpu(
-    dtype: str, checkpointing: bool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "dtype", "checkpointing"),
+    [
+        *(("full", dtype, again) for dtype in ("float32", "bfloat16") for again in (False, True)),
+        *((method, "float32", False) for method in METHODS if method != "full"),
+        *((method, "bfloat16", True) for method in ("lora", "qdora", "houlsby", "p_tuning")),
+        *((method, "bfloat16", False) for method in ("prefix_tuning", "ia3", "ln_tuning")),
+    ],
+)
+def test_a_step_holds_what_it_holds_on_a_cpu(
+    method: str, dtype: str, checkpointing: bool, tmp_path: Path
 ) -> None:
-    """Where nothing is fastlora's: attention, autocast and AdamW as they are, against how they are modelled."""
+    """Attention, autocast and AdamW as they are, against how they are modelled."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fastlora.training import base
@@ -211,7 +226,7 @@ def test_a_full_step_holds_what_it_holds_on_a_cpu(
     folder = config_of(memory.Shape(256, 688, 4, 8, 4, 1000), tmp_path)
     config = run(
         folder,
-        "full",
+        method,
         batch_size=4,
         seq_length=256,
         dtype=dtype,
@@ -220,16 +235,17 @@ def test_a_full_step_holds_what_it_holds_on_a_cpu(
     )
     made = estimate(config, tokens_per_second=1.0)
     engine, cpu = engine_of(config), torch.device("cpu")
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    wanted = base.DTYPES[dtype]
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder), dtype=engine.stored_as(wanted)
+    ).requires_grad_(False)
     prepare_model(model, config, None)
-    lm = base.CausalLM(
-        engine.enter(model, cpu, print).train(), model, engine.cast_to(base.DTYPES[dtype])
-    )
+    lm = base.CausalLM(engine.enter(model, cpu, print).train(), model, engine.cast_to(wanted))
     real = Footprint("cpu")
-    real.hold([*model.parameters(), *model.buffers()])
-    optimizer = adamw(model, config, foreach=True)
+    real.hold([*lm.model.parameters(), *lm.model.buffers()])
+    optimizer = adamw(lm.model, config, foreach=True)
     with real:
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, lm.model.parameters()):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()

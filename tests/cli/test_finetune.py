@@ -83,8 +83,10 @@ def held_out_loss(model: Any, config: Any) -> float:
     with torch.no_grad():
         for segment in (segment for block in data.held_out for segment in block):
             ids = torch.tensor(segment.ids[None].astype("int64"))
+            labels = ids.clone()
+            labels[:, 0] = -100  # nor does a virtual token have to tell the first
             targets = len(segment) - 1
-            total += float(model(input_ids=ids, labels=ids).loss) * targets
+            total += float(model(input_ids=ids, labels=labels).loss) * targets
             count += targets
     return total / count
 
