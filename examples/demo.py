@@ -27,7 +27,7 @@ from pathlib import Path
 
 from fastlora.cli import prepare_environment
 from fastlora.training import FinetuneConfig, FineTuneError
-from fastlora.training.config import METHODS
+from fastlora.training.methods import METHODS, having
 
 PLAYS = (
     "hamlet",
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", default="demo-run", help="where results go (an earlier demo's are replaced)"
     )
     parser.add_argument(
-        "--method", choices=METHODS, default="qlora", help="how it is adapted (default qlora)"
+        "--method", choices=list(METHODS), default="qlora", help="how it is adapted (default qlora)"
     )
     parser.add_argument("--minutes", type=float, default=3.0, help="training time (default 3)")
     options = parser.parse_args(arguments)
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(model: str, data: str, output: str, minutes: float, method: str) -> None:
-    """The fine-tuning itself: short blocks and a high rate suit a small model and a few minutes."""
+    """The fine-tuning itself: short blocks, and LoRA's at a high rate, suit a small model and a few minutes."""
     prepare_environment()
     from fastlora.training import finetune  # loads torch, which reads its environment then
 
@@ -94,7 +94,7 @@ def run(model: str, data: str, output: str, minutes: float, method: str) -> None
         method=method,
         seq_length=256,
         batch_size=2,
-        learning_rate=1e-3,
+        learning_rate=1e-3 if method in having("r") else None,
         warmup=0.05,
         max_minutes=minutes,
         eval_tokens=6144,

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from ..training.estimate import Estimate
 
 GIB = 2**30
-_FROM_FINETUNE = (
-    *("model", "data", "eval_data", "eval_fraction", "eval_tokens", "loss_on", "packing"),
-    *("seq_length", "method", "batch_size", *(set(METHOD_OPTIONS) - {"alpha", "init", "prompt_text"})),
-    *("grad_accumulation", "epochs", "max_steps", "gradient_checkpointing", "seed", "dtype"),
-)
+_FROM_FINETUNE = {
+    *("model", "data", "eval_data", "eval_fraction", "eval_tokens", "loss_on", "packing", "method"),
+    *("seq_length", "batch_size", "grad_accumulation", "epochs", "max_steps", "seed", "dtype"),
+    "gradient_checkpointing",
+    *METHOD_OPTIONS,
+} - {"alpha", "init", "prompt_text"}  # which change no shape
 
 
 @borrow(finetune_command, _FROM_FINETUNE)

@@ -178,20 +178,19 @@ def _configs(
     packing = config.packing
     if packing is None:
         packing = not any("packing" in METHODS[method].refuses for method in methods)
+    rate = LORA_RATE if config.learning_rate is None else config.learning_rate
     configs = {}
     for method in methods:
         kind = METHODS[method]
-        others = dict.fromkeys(options - kind.options.keys())
-        own = kind.learning_rate / LORA_RATE * (config.learning_rate or LORA_RATE)
-        rate = learning_rates.get(method, float(f"{own:.6g}"))
-        configs[method] = dataclasses.replace(
-            config,
-            **others,
-            method=method,
-            output=str(Path(config.output) / method),
-            packing=packing,
-            learning_rate=rate,
-        )
+        own = kind.learning_rate / LORA_RATE * rate
+        changes: dict[str, Any] = dict.fromkeys(options - kind.options.keys())
+        changes |= {
+            "method": method,
+            "output": str(Path(config.output) / method),
+            "packing": packing,
+            "learning_rate": learning_rates.get(method, float(f"{own:.6g}")),
+        }
+        configs[method] = dataclasses.replace(config, **changes)
         configs[method].validate()
     return configs
 

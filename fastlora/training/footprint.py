@@ -105,10 +105,11 @@ def _backward(
 
 
 def _wgrad(x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | None) -> int:
-    pairs = ((x, g), (dy, h))  # g^T x, dY^T h
-    return sum(
-        2 * wide.numel() * thin.shape[1] for wide, thin in pairs if None not in (wide, thin)
-    )
+    total = 0
+    for wide, thin in ((x, g), (dy, h)):  # g^T x, dY^T h
+        if wide is not None and thin is not None:
+            total += 2 * wide.numel() * thin.shape[1]
+    return total
 
 
 _OWN_FLOPS: dict[Any, Callable[..., int]] = {

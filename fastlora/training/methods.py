@@ -85,8 +85,15 @@ def _bottleneck(reduction_factor: float, activation: str) -> dict[str, Option]:
     }
 
 
+def _encoder(field: str, **values: Any) -> dict[str, Option]:
+    """The network that makes virtual tokens in training; the first of ``values`` is the default."""
+    return {
+        "encoder": Option(field, next(iter(values)), values),
+        "encoder_hidden_size": Option("encoder_hidden_size"),
+    }
+
+
 _TOKENS = {"virtual_tokens": Option("num_virtual_tokens", 20)}
-_HIDDEN = {"encoder_hidden_size": Option("encoder_hidden_size")}
 _IN_FRONT = {
     "packing": "of the documents packed into a row only the first would see the virtual tokens in front; leave --packing out",
     "unfreeze_over": "virtual tokens are in no layer; leave it out",
@@ -99,7 +106,12 @@ _NO_RECOMPUTING = {
 METHODS: dict[str, MethodKind] = {
     "lora": MethodKind("LoRA", "lora", 2e-4, "LoraConfig", _IN_FLOATS),
     "rslora": MethodKind(
-        "LoRA scaled by alpha / sqrt r", "lora", 2e-4, "LoraConfig", _IN_FLOATS, {"use_rslora": True}
+        "LoRA scaled by alpha / sqrt r",
+        "lora",
+        2e-4,
+        "LoraConfig",
+        _IN_FLOATS,
+        {"use_rslora": True},
     ),
     "qlora": MethodKind(
         "LoRA over a base in 4 bits", "qlora", 2e-4, "LoraConfig", _IN_4_BITS, {"quantize": "nf4"}
@@ -139,9 +151,8 @@ METHODS: dict[str, MethodKind] = {
         "prefix_tuning",
         1e-2,
         "PrefixTuningConfig",
-        _TOKENS
-        | {"encoder": Option("prefix_projection", "none", {"none": False, "mlp": True})}
-        | _HIDDEN,
+        {**_TOKENS, **_encoder("prefix_projection", none=False, mlp=True)},
+        {"init_weights": "zero"},  # random keys and values would hide the input from the model
         refuses=_IN_FRONT | _NO_RECOMPUTING,
     ),
     "prompt_tuning": MethodKind(
@@ -149,7 +160,7 @@ METHODS: dict[str, MethodKind] = {
         "prompt_tuning",
         3e-2,
         "PromptTuningConfig",
-        _TOKENS | {"prompt_text": Option()},
+        {**_TOKENS, "prompt_text": Option()},
         {"prompt_tuning_init": "SAMPLE_VOCAB"},
         refuses=_IN_FRONT,
     ),
@@ -158,9 +169,7 @@ METHODS: dict[str, MethodKind] = {
         "prompt_tuning",
         1e-3,
         "PromptEncoderConfig",
-        _TOKENS
-        | {"encoder": Option("encoder_reparameterization_type", "mlp", {"mlp": "MLP", "lstm": "LSTM"})}  # fmt: skip
-        | _HIDDEN,
+        {**_TOKENS, **_encoder("encoder_reparameterization_type", mlp="MLP", lstm="LSTM")},
         refuses=_IN_FRONT,
     ),
     "ia3": MethodKind(

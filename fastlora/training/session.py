@@ -257,7 +257,8 @@ class Session:
             )
         write_json(out.summary, dataclasses.asdict(summary))
         say(
-            f"{result.name + ':':<8} {result} ({summary.saved_bytes / 2**20:,.3g} MiB)\ncurve:   {summary.curve}\nlog:     {summary.log}")
+            f"{result.name + ':':<8} {result} ({summary.saved_bytes / 2**20:,.3g} MiB)\ncurve:   {summary.curve}\nlog:     {summary.log}"
+        )
         return summary
 
     def _plot(self) -> None:

@@ -139,11 +139,13 @@ def test_operations_are_those_counted_by_hand(model_dir: Path) -> None:
     assert per_token(method="dora") == pytest.approx(
         lora + sum(2 * n * k * 5 for n, k in linears) / (2 * tokens), rel=1e-9
     )  # s B A once a step
-    # Two bottlenecks of width 2 a layer: two products forward, four backward.
-    wide = 2 * 2 * 4 * 2 * h
-    assert per_token(method="houlsby") == pytest.approx(
-        per_token(method="ln_tuning") + 3 * wide, rel=0.02
-    )
+    norms = 2 * (base + head) + scores * 2 * 7 // 2  # the first one is below every linear
+    assert per_token(method="ln_tuning") == pytest.approx(norms, rel=1e-9)
+    # Four bottlenecks of width 2, the first behind an attention that needs no backward: down, up (with its bias, padded to 8
+    # columns), and backward one product of width 2 for the activation, one for x (but of the first) and two for the weights.
+    bottlenecks = 2 * h * (4 * (2 + 8 + 2 + 2 + 4) - 2)
+    attention = sum(2 * n * k for n, k in linears[:4]) + scores * 5 // 2
+    assert per_token(method="houlsby") == pytest.approx(norms - attention + bottlenecks, rel=1e-9)
     assert per_token(method="full") == pytest.approx(
         3 * (base + head) + scores * 2 * 7 // 2, rel=1e-9
     )
@@ -218,8 +220,8 @@ def test_a_step_holds_what_it_holds_on_a_cpu(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fastlora.training import base
-    from fastlora.training.loop import adamw, summed_loss
     from fastlora.training.engine import engine_of
+    from fastlora.training.loop import adamw, summed_loss
     from fastlora.training.packing import Batch
     from fastlora.training.run import prepare_model
 

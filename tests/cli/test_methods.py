@@ -239,7 +239,9 @@ def test_virtual_tokens_stand_in_front_of_every_document(
     assert FinetuneConfig(model="m", data="d", method="lora").packs is True
 
 
-@pytest.mark.parametrize("method", [m for m in ADAPTERS if m not in ("rslora", "pfeiffer", "qdora")])
+@pytest.mark.parametrize(
+    "method", [m for m in ADAPTERS if m not in ("rslora", "pfeiffer", "qdora")]
+)
 def test_sixteen_bits_and_checkpointing(method: str, train: Any) -> None:
     """Each in bf16 trains fp32 numbers; recomputing changes nothing."""
     options = ("--max-steps", 3, "--warmup", 0)
@@ -259,9 +261,7 @@ def test_layers_begin_one_by_one(method: str, train: Any) -> None:
         *("--max-steps", 4, "--unfreeze-over", 1.0, "--save-every", 2, "--keep-last", 9),
     )
     states = [load_file(output / f"checkpoints/step-{step:08d}/parameters.safetensors") for step in (2, 4)]  # fmt: skip
-    first = {
-        name for name in states[0] if not torch.equal(states[0][name], states[1][name])
-    }
+    first = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
     began = load_file(output / "checkpoints/step-00000002/optimizer.safetensors")
     assert any(".layers.0." in name for name in first)
     assert len({key.split(".")[0] for key in began}) < len(states[0])  # no state for what waits
@@ -359,7 +359,6 @@ def test_methods_that_pack_are_compared_packed(model_dir: Path) -> None:
     assert all(c.packs for c in comparison._configs(config, ["lora", "ia3", "full"], {}).values())
     rates = comparison._configs(config, ["lora", "full"], {"lora": 0.5})
     assert [c.rate for c in rates.values()] == [0.5, METHODS["full"].learning_rate]
+    packed = FinetuneConfig(model=str(model_dir), data="d", packing=True)
     with pytest.raises(InputError, match="goes without --packing"):
-        packed = FinetuneConfig(model=str(model_dir), data="d", packing=True)
         comparison._configs(packed, ["lora", "p_tuning"], {})
-
