@@ -134,7 +134,8 @@ def compare(
     if resume:
         saved = out.read()
         if all(saved.get(name) == facts[name] for name in ("config", "learning_rates")):
-            rows = [Row(**row) for row in saved["rows"] if row["method"] in configs]
+            done = {row["method"]: Row(**row) for row in saved["rows"]}
+            rows = [done[method] for method in configs if method in done]
     else:
         out.check_free(overwrite)
     for each in configs.values():

@@ -142,7 +142,7 @@ METHODS: dict[str, MethodKind] = {
     "parallel": MethodKind(
         "bottleneck adapters beside the feed-forward",
         "bottleneck",
-        1e-3,
+        1e-4,
         "ParallelConfig",
         _bottleneck(2, "relu"),
     ),
