@@ -113,8 +113,10 @@ def _wgrad(x: Tensor | None, g: Tensor | None, dy: Tensor | None, h: Tensor | No
 
 
 _OWN_FLOPS: dict[Any, Callable[..., int]] = {
-    _own._down.default: lambda x, l, *_: 2 * x.numel() * l.shape[0],
-    _own._wgrad.default: lambda x, g, dy, h, *_: _wgrad(x, g, dy, h),
+    _own._bottleneck_down.default: lambda x, l, *_: 2 * x.numel() * l.shape[0],
+    _own._bottleneck_down_backward.default: lambda dy, l, *_: 2 * dy.numel() * l.shape[0],
+    _own._bottleneck_up.default: lambda h, l, *_: 2 * h.numel() * l.shape[0],
+    _own._bottleneck_wgrad.default: lambda x, g, dy, h, *_: _wgrad(x, g, dy, h),
     _own._row_norms.default: lambda w, a, *_: 2 * w.numel() * (a.shape[0] + 1),
     _own._gemm.default: lambda x, w, h, l, *_: _forward(x, w.shape[0], None),
     _own._lora_forward.default: lambda x, w, a, *_: _forward(x, w.shape[0], a),

@@ -142,7 +142,7 @@ METHODS: dict[str, MethodKind] = {
     "parallel": MethodKind(
         "bottleneck adapters beside the feed-forward",
         "bottleneck",
-        1e-4,
+        1e-5,  # it reads a stream that no norm has tamed, and counts four times
         "ParallelConfig",
         _bottleneck(2, "relu"),
     ),

@@ -141,9 +141,9 @@ def test_operations_are_those_counted_by_hand(model_dir: Path) -> None:
     )  # s B A once a step
     norms = 2 * (base + head) + scores * 2 * 7 // 2  # the first one is below every linear
     assert per_token(method="ln_tuning") == pytest.approx(norms, rel=1e-9)
-    # Four bottlenecks of width 2, the first behind an attention that needs no backward: down, up (with its bias, padded to 8
-    # columns), and backward one product of width 2 for the activation, one for x (but of the first) and two for the weights.
-    bottlenecks = 2 * h * (4 * (2 + 8 + 2 + 2 + 4) - 2)
+    # Four bottlenecks of width 2, the first behind an attention that needs no backward: down, up, and
+    # backward one product for the activation, one for x (but of the first) and two for the weights.
+    bottlenecks = 2 * h * 2 * (4 * 6 - 1)
     attention = sum(2 * n * k for n, k in linears[:4]) + scores * 5 // 2
     assert per_token(method="houlsby") == pytest.approx(norms - attention + bottlenecks, rel=1e-9)
     assert per_token(method="full") == pytest.approx(
