@@ -98,9 +98,10 @@ class Work:
             after["bias"] = live.merged_bias()
         merged = dict(base)
         for key in base:
-            value = after.get(_inner(unit, key))
-            if value is not None:
-                merged[key] = value if isinstance(value, NF4Tensor) else value.to(base[key].dtype)
+            made_of = after.get(_inner(unit, key))
+            if made_of is not None:
+                own = isinstance(made_of, NF4Tensor)
+                merged[key] = made_of if own else made_of.to(base[key].dtype)
         return merged, MergeReport(name, made.error, made.update)
 
 
