@@ -41,6 +41,9 @@ DEMO_INPUTS := --assets $(ASSETS)
 DEMO_READY := $(ASSETS)/.complete
 endif
 
+# Tests share the cores where there is no GPU to share; where pytest-xdist is not installed they run one by one.
+WORKERS := import torch, xdist; print("" if torch.cuda.is_available() else "-n auto --dist worksteal")
+
 .PHONY: help setup demo test bench lint wheel kernels clean
 
 help:  ## this list
@@ -53,7 +56,8 @@ demo: $(RUN_READY) $(DEMO_READY)  ## fine-tune a real model, in 4 bits, on real 
 
 test: $(DEV_READY)  ## the test suite, on a GPU where there is one
 	@$(PY) -c 'import pytest' 2>/dev/null || { echo "make test: $(PYTHON) has no pytest"; exit 1; }
-	$(PY) -m pytest $(TESTS) $(TEST_ARGS)
+	@workers=$$($(PY) -c '$(WORKERS)' 2>/dev/null); \
+	env $${workers:+OMP_NUM_THREADS=1} $(PY) -m pytest $(TESTS) $$workers $(TEST_ARGS)
 
 bench: $(RUN_READY)  ## the benchmarks; results are for GPUs
 	$(PY) -m benchmarks.bench_linear $(BENCH_ARGS)

@@ -271,7 +271,7 @@ def linear_operands(m, k, n, r, count, dtype, dx):
 
 
 @pytest.mark.parametrize("dx", [False, True], ids=["y", "dX"])
-@pytest.mark.parametrize("r", [1, 8, 12, 16, 20, 32])
+@pytest.mark.parametrize("r", [1, 16, 20])  # 4, 2 and 1 segments a group
 @pytest.mark.parametrize("name", [*EDGES][:-1])
 def test_terms_that_are_more_of_k_are_exact_on_integers(name, r, dx):
     """h too, which is spread besides: wherever segments begin, whether the factors lie as they should or not."""
