@@ -1,4 +1,4 @@
-"""transformers' experts with adapters: each expert's product with its low-rank term, and no delta of any expert.
+"""transformers' experts with adapters: low-rank terms of all experts by ``lora_linear_segments``, and no delta of any expert.
 
 transformers marks modules that hold stacked expert weights (``use_experts_implementation``), and computes all of them by one
 scheme: rows are sorted by expert; up projection, gate or activation, down projection; routing weights; sum over each token's
@@ -8,13 +8,14 @@ experts. What differs the module says: ``has_gate``, ``has_bias``, ``is_transpos
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import lora_linear
+from ..functional import lora_linear_segments
 from .plain import FLOATS, is_undisturbed
 
 if TYPE_CHECKING:
@@ -80,34 +81,25 @@ def experts_forward(
 def _grouped(
     module: Any, name: str, layer: LoRAParameter | None, x: Tensor, sizes: list[int]
 ) -> Tensor:
-    """x [S, K], ``sizes[e]`` rows for each expert e in turn -> [S, N]: x W_e^T + bias_e + the acting adapters' terms."""
+    """x [S, K], ``sizes[e]`` rows for each expert e in turn -> [S, N]: x W_e^T + bias_e + the acting adapters' terms.
+
+    The frozen product is expert by expert, of those that have rows; an adapter's term is one grouped product for all.
+    """
     weight = getattr(module, name)
     weights = (weight.mT if module.is_transposed else weight).unbind(0)
     biases = getattr(module, f"{name}_bias").unbind(0) if module.has_bias else [None] * len(weights)
-    adapters = []
-    for adapter in layer.acting_adapters() if layer is not None else []:
-        a, b = layer.split_factors(adapter)  # type: ignore[union-attr]
-        adapters.append((a.unbind(0), b.contiguous().unbind(0), layer.scaling[adapter]))  # type: ignore[union-attr]
     parts = x.split(sizes)
     used = [e for e, size in enumerate(sizes) if size] or [0]  # of no rows at all, an empty product
-    outputs = []
-    for e in used:
-        updates = [(a[e], b[e], scaling) for a, b, scaling in adapters]
-        outputs.append(_linear(parts[e], weights[e], biases[e], updates))
-    return torch.cat(outputs)
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    updates: list[tuple[Tensor, Tensor, float | Tensor]],
-) -> Tensor:
-    """x W^T + bias + sum of s x A^T B^T: the first update in one product with the weight."""
-    if not updates:
-        return F.linear(x, weight, bias)
-    (a, b, scaling), *others = updates
-    y = lora_linear(x, weight, a, b, scaling, bias)
-    for a, b, scaling in others:
-        y = y + (F.linear(F.linear(x.to(a.dtype), a), b) * scaling).to(y.dtype)
+    y = torch.cat([F.linear(parts[e], weights[e], biases[e]) for e in used])
+    adapters = layer.acting_adapters() if layer is not None else []
+    if not adapters:
+        return y
+    assert layer is not None
+    offsets = torch.tensor([0, *accumulate(sizes)], device=x.device)
+    for adapter in adapters:
+        a, b = layer.split_factors(adapter)
+        scaling = layer.scaling[adapter]
+        if isinstance(scaling, Tensor):
+            scaling = scaling.expand(len(sizes))
+        y = y + lora_linear_segments(x, None, a, b.contiguous(), offsets, scaling)
     return y

@@ -36,9 +36,9 @@ class LoRAParameter(StandIn, MergeableLayer, LoRALayer):
     i * E + e: PEFT's layout. For two Parameters of a module, one layer is around the other, that of the Parameter which the
     module registered last outermost; that one's forward is for both.
 
-    What forward costs: transformers' experts (see ``experts.reads_experts``) get the low-rank product of each expert that
-    has tokens, with no B A. Of any other module W + scaling * B A is made as long as a forward takes, and made again in
-    backward (the module's forward is run twice, as under gradient checkpointing), where its gradient is of the same size.
+    What forward costs: transformers' experts (see ``experts.reads_experts``) get their low-rank terms by one grouped product
+    for all, with no B A. Of any other module W + scaling * B A is made as long as a forward takes, and made again in backward
+    (the module's forward is run twice, as under gradient checkpointing), where its gradient is of the same size.
 
     Args:
         base_layer: the module, or a LoRAParameter around it for another Parameter; it is frozen, and not changed.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastlora import lora_linear_segments
 from fastlora.layers import LoRAParameter
 from fastlora.layers.experts import reads_experts
 
@@ -140,6 +141,21 @@ def test_experts_with_two_adapters_of_which_one_has_another_rank() -> None:
     check(layer, *routed(11))
     layer.chain()[0].active_adapters = []
     check(layer, *routed(11))
+
+
+def test_one_grouped_product_serves_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def counted(x: Tensor, weight: None, a: Tensor, *rest: Any) -> Tensor:
+        counts.append(a.shape[0])
+        return lora_linear_segments(x, weight, a, *rest)
+
+    layer = over(experts(), "gate_up_proj", "down_proj")
+    for part in layer.chain():  # as hot-swapping has it: a scaling that is read on the device
+        part.scaling["default"] = torch.tensor(part.scaling["default"])
+    monkeypatch.setattr("fastlora.layers.experts.lora_linear_segments", counted)
+    check(layer, *routed(11))
+    assert counts == [E, E]
 
 
 def test_experts_make_no_delta_and_keep_none() -> None:
