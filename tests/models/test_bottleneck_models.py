@@ -18,6 +18,7 @@ import fastlora
 from fastlora import HoulsbyConfig, ParallelConfig, PfeifferConfig, QLoRALinear
 from tests.bottleneck_formula import adapted, of_place
 from tests.tiny_models import (
+    VOCABULARY,
     assert_unchanged,
     plain_net,
     snapshot,
@@ -217,6 +218,56 @@ def test_named_modules_are_adapted_from_their_own_input() -> None:
             lambda m, args, y, own=own: adapted(own, config, y, args[0], None)
         )
     torch.testing.assert_close(run(model, ids).logits, run(base, ids).logits, rtol=1e-4, atol=1e-4)
+
+
+# Architectures whose sublayers nobody told fastlora: model class, sizes, modules to name.
+ELSEWHERE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "Falcon": ("ForCausalLM", {"num_attention_heads": 4}, ["self_attention", "mlp"]),
+    "GPTJ": ("ForCausalLM", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, ["attn", "mlp"]),
+    "Phi": ("ForCausalLM", {"num_attention_heads": 4, "intermediate_size": 48}, ["self_attn", "fc2"]),
+    "Mamba": ("ForCausalLM", {"state_size": 4}, ["mixer"]),
+    "DistilBert": ("ForMaskedLM", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}, ["attention", "ffn"]),
+    "Bart": (
+        "ForConditionalGeneration",
+        {"d_model": 32, **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}},
+        ["self_attn", "fc2"],
+    ),
+}  # fmt: skip
+
+
+def elsewhere(kind: str) -> Any:
+    import transformers
+
+    suffix, sizes, _ = ELSEWHERE[kind]
+    usual = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    if not {"dim", "n_embd", "d_model"}.isdisjoint(sizes):
+        usual = {"vocab_size": VOCABULARY}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**usual, **sizes)
+    return getattr(transformers, kind + suffix)(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_other_architectures_by_named_modules(kind: str, preset: str, tmp_path: Path) -> None:
+    ids, base = some_ids(), elsewhere(kind)
+    names = ELSEWHERE[kind][2]
+    wanted = [n for n, _ in base.named_modules() if n.rpartition(".")[2] in names]
+    config = PRESETS[preset](reduction_factor=4, init_weights="mam_adapter", target_modules=names)
+    model = fastlora.get_peft_model(elsewhere(kind), config)
+    found = [n for n, m in model.named_modules() if type(m).__name__ == "BottleneckLayer"]
+    assert [n.removeprefix("base_model.model.") for n in found] == wanted != []
+    torch.testing.assert_close(model(ids)[0], base(ids)[0])
+    out = bump(model)(ids)[0]
+    assert not torch.allclose(out, base(ids)[0], atol=1e-3)
+    out.square().mean().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(grads) == 4 * len(wanted)
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    model.save_pretrained(tmp_path)
+    read = fastlora.PeftModel.from_pretrained(elsewhere(kind), tmp_path)
+    assert torch.equal(read.eval()(ids)[0], out)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
