@@ -62,9 +62,11 @@ def experts_forward(
         layers: the adapters by Parameter; those of one that is not there do not act.
     """
     tokens, k = experts.shape
-    order = experts.reshape(-1).argsort(stable=True)
-    counts = torch.bincount(experts.reshape(-1), minlength=module.num_experts)
+    chosen = experts.reshape(-1)
+    order = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=module.num_experts)[: module.num_experts]
     sizes = counts.tolist()  # the one point where the host waits
+    order = order[: sum(sizes)]  # numbers from num_experts on, which are last, are of no expert
     rows = x[order // k]
     up = _up_name(module)
     h = _grouped(module, up, layers.get(up), rows, sizes)
@@ -73,9 +75,8 @@ def experts_forward(
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     y = y * routing.reshape(-1)[order, None]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    return y[back].view(tokens, k, y.shape[-1]).sum(1).to(x.dtype)
+    back = y.new_zeros(tokens * k, y.shape[-1]).index_copy(0, order, y)
+    return back.view(tokens, k, y.shape[-1]).sum(1).to(x.dtype)
 
 
 def _grouped(

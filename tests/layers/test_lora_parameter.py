@@ -143,6 +143,17 @@ def test_experts_with_two_adapters_of_which_one_has_another_rank() -> None:
     check(layer, *routed(11))
 
 
+def test_numbers_of_no_expert() -> None:
+    layer = over(experts(), "gate_up_proj", "down_proj")
+    x, chosen, weights = routed(6)
+    chosen[1, 0] = chosen[3] = E  # as routers mark what other devices or nobody computes
+    check(layer, x, chosen, weights)
+    assert not layer(x, chosen, weights)[3].any()
+    chosen[1, 0] = -1
+    with pytest.raises(RuntimeError, match="non-negative"):
+        layer(x, chosen, weights)
+
+
 def test_one_grouped_product_serves_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
