@@ -9,6 +9,7 @@ import torch
 
 import fastlora
 from fastlora import ops, reference, rng
+from fastlora.testing.inputs import integers
 from tests.faults.common import assert_right, operands, run_python, step
 
 BF16 = torch.bfloat16
@@ -60,6 +61,21 @@ def test_grid_of_gemm_and_wgrad(grids, m, k, n):
     assert grids
 
 
+@pytest.mark.parametrize(("m", "n"), [(2**22, 8), (3, 2**24), (2**16, 40)])
+def test_grid_of_scales_norms_and_bottlenecks(grids, m, n):
+    scale, norms, bottleneck = (
+        importlib.import_module(f"fastlora.triton.{name}")
+        for name in ("scale", "norms", "bottleneck")
+    )
+    z, row = zeros(m, n), zeros(1, n)[0]
+    scale.scale_columns(z, row, None, None)
+    scale.scale_columns_backward(z, z, row, None, True, True)
+    norms.row_norms(z, zeros(4, n), zeros(m, 4), None, 1.0)
+    bottleneck.bottleneck_down(z, zeros(4, n), row[:4], "relu", True)
+    bottleneck.bottleneck_up(zeros(m, 4), zeros(n, 4), row, z)
+    assert len(grids) >= 5
+
+
 # ---- on a GPU ---------------------------------------------------------------------------------------------
 
 
@@ -91,6 +107,35 @@ def test_small_tensors_whose_strides_span_more_than_two_to_the_31(transposed, wh
     a, b = far_apart(r, k, 8192).div_(8), far_apart(n, r, 12288)
     dy = far_apart(m, n, 16384)
     assert_right(x, w, a, b, dy)
+
+
+@pytest.mark.gpu
+def test_kernels_of_other_methods_over_strides_that_span_more_than_two_to_the_31():
+    triton = {name: importlib.import_module(f"fastlora.triton.{name}") for name in ("scale", "norms", "bottleneck")}  # fmt: skip
+    rows, pitch, n, r = 1104, 2**21, 40, 8
+    sea = torch.zeros(rows, pitch, device="cuda", dtype=torch.float16)
+    z, rest, dy, h = (
+        sea[:, i * 4096 : i * 4096 + width].copy_(
+            integers(rows, width, low=-2, high=2, dtype=sea.dtype, device=sea.device)
+        )
+        for i, width in enumerate((n, n, n, r))
+    )
+    a, b, bias = (integers(*s, low=-2, high=2, dtype=sea.dtype, device=sea.device) for s in ((r, n), (n, r), (n,)))  # fmt: skip
+    wide = lambda *tensors: [t.double() for t in tensors]  # noqa: E731
+    magnitude = bias.float()
+
+    y = triton["scale"].scale_columns(z, magnitude, None, rest)
+    assert torch.equal(y.double(), reference.scale_columns(*wide(z, magnitude), None, rest.double()))  # fmt: skip
+    got = triton["scale"].scale_columns_backward(dy, z, magnitude, None, True, True)
+    true = reference.scale_columns_backward(*wide(dy, z, magnitude), None, True, True)
+    for mine, exact in zip(got, true, strict=True):
+        assert torch.equal(mine.double(), exact)
+    norms = triton["norms"].row_norms(z, a, h, None, 0.5)
+    torch.testing.assert_close(norms.double(), reference.row_norms(*wide(z, a, h), None, 0.5), rtol=1e-6, atol=0)  # fmt: skip
+    made, _ = triton["bottleneck"].bottleneck_down(z, a, bias[:r], "relu", False)
+    assert torch.equal(made.double(), reference.bottleneck_down(*wide(z, a, bias[:r]), "relu", False)[0])  # fmt: skip
+    up = triton["bottleneck"].bottleneck_up(h, b, bias, rest)
+    assert torch.equal(up.double(), reference.bottleneck_up(*wide(h, b, bias, rest)))
 
 
 @pytest.mark.gpu
