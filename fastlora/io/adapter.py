@@ -36,14 +36,21 @@ from ..layers.embedding import LoRAEmbedding
 from ..layers.fused import FusedLayer
 from ..layers.inits import changes_base_weight
 from ..layers.merging import is_sharded
-from ..layers.plain import FLOATS
 from ..methods import PeftConfig
 from ..methods.adapters_layout import PICKLE_NAME
 from ..methods.base import CONFIG_NAME
 from ..models.entry import own_config, plan
 from ..models.inject import Injection, set_trainable, trained_biases
 from ..models.peft_model import PeftModel
-from .files import read_tensors, safetensors_size, tensor_writer, text_writer, write_together
+from .files import (
+    check_value,
+    is_shadow,
+    read_tensors,
+    safetensors_size,
+    tensor_writer,
+    text_writer,
+    write_together,
+)
 from .subtraction import check_convertible, doubled, subtract
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -468,22 +475,6 @@ def matching(
                 "delete the former and load the latter frozen"
             )
     return [(entry, tensors[key]) for key, entry in entries.items()]
-
-
-def check_value(key: str, value: Tensor) -> None:
-    """ValueError unless ``value`` is of a float dtype."""
-    if value.dtype not in FLOATS:
-        raise ValueError(
-            f"{key}: is {value.dtype} in the file; accepted are {', '.join(map(str, FLOATS))}"
-        )
-
-
-def is_shadow(key: str, adapter_name: str) -> bool:
-    """With bias="all", PEFT also stores the biases of a modules_to_save module a second time, and
-    the frozen original's."""
-    return key.endswith(
-        (".original_module.bias", ".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias")
-    )
 
 
 def _check_keys(

@@ -1,4 +1,4 @@
-"""Safetensors files: read whole or not at all, written together, and how large they will be."""
+"""Safetensors files: read whole or not at all, what of theirs is taken, written together, and how large they will be."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..layers.merging import is_sharded
+from ..layers.plain import FLOATS
 
 # What safetensors calls a dtype, in a file's header.
 _SAFETENSORS = {
@@ -38,6 +39,22 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{file}: not a whole safetensors file ({error}); copy or write it again"
         ) from None
+
+
+def check_value(key: str, value: Tensor) -> None:
+    """ValueError unless ``value`` is of a float dtype."""
+    if value.dtype not in FLOATS:
+        raise ValueError(
+            f"{key}: is {value.dtype} in the file; accepted are {', '.join(map(str, FLOATS))}"
+        )
+
+
+def is_shadow(key: str, adapter_name: str) -> bool:
+    """With bias="all", PEFT also stores the biases of a modules_to_save module a second time, and
+    the frozen original's."""
+    return key.endswith(
+        (".original_module.bias", ".modules_to_save.bias", f".modules_to_save.{adapter_name}.bias")
+    )
 
 
 def tensor_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], Any]:

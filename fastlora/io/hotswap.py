@@ -25,15 +25,13 @@ from ..models.peft_model import PeftModel
 from .adapter import (
     PREFIX,
     biases_of,
-    check_value,
     embedding_entries,
     find_folder,
-    is_shadow,
     layers_of,
     matching,
     weights_file,
 )
-from .files import read_tensors
+from .files import check_value, is_shadow, read_tensors
 
 # Fields by which a model was built, beside those that a configuration calls the meaning of its tensors.
 _BUILT_IN = ("lora_dropout", "dropout", "use_dora", "lora_bias", "bias", "target_parameters")
