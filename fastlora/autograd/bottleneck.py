@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import ops
 from .._autocast import autocast_dtype
-from ..activations import ACTIVATIONS
+from ..activations import ACTIVATIONS, KINDS
 
 
 def bottleneck(
@@ -116,7 +116,7 @@ class BottleneckFunction(torch.autograd.Function):
                 wide = torch.promote_types(ctx.dtype, torch.float32)
                 d_down_bias = g.sum(0, dtype=wide).to(ctx.dtypes[3])
         elif need[4]:
-            a = ACTIVATIONS[ctx.kind].forward(p)
+            a = KINDS[ctx.kind].forward(p)
         if need[1]:
             shape, kind = ctx.like
             d_res = grad.to(kind).view(shape)

@@ -79,17 +79,18 @@ def test_frozen_inputs_get_no_gradient() -> None:
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_new"])
 @pytest.mark.parametrize("r", [R, MAX_RANK + 1])
 @pytest.mark.parametrize("trained", range(4))
-def test_one_factor_trained_alone(trained: int, r: int) -> None:
+def test_one_factor_trained_alone(trained: int, r: int, name: str) -> None:
     x, residual, dy = torch.randn(3, K), torch.randn(3, N), torch.randn(3, N)
     factors = [
         f.detach().requires_grad_(i == trained)
         for i, f in enumerate(drawn(r=r, dtype=torch.float32))
     ]
-    (got,) = torch.autograd.grad(bottleneck(x, residual, *factors, "gelu"), factors[trained], dy)
+    (got,) = torch.autograd.grad(bottleneck(x, residual, *factors, name), factors[trained], dy)
     wide = [f.detach().double().requires_grad_(f.requires_grad) for f in factors]
-    y = formula(x.double(), residual.double(), *wide, "gelu")
+    y = formula(x.double(), residual.double(), *wide, name)
     (exact,) = torch.autograd.grad(y, wide[trained], dy.double())
     torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-3)
 
