@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Activation(NamedTuple):
-    """A function of p, and dp of (g, p). ``kind`` is one name for all that are the same."""
+    """A function of p, which gives a new tensor, and dp of (g, p). ``kind`` is one name for all that are the same."""
 
     kind: str
     forward: Callable[[Tensor], Tensor]
@@ -37,7 +37,7 @@ _ALL = (
     Activation("tanh", torch.tanh, lambda g, p: _aten.tanh_backward(g, torch.tanh(p))),
     Activation("sigmoid", torch.sigmoid, lambda g, p: _aten.sigmoid_backward(g, torch.sigmoid(p))),
     Activation("mish", F.mish, lambda g, p: _aten.mish_backward(g, p)),
-    Activation("linear", lambda p: p, lambda g, p: g),
+    Activation("linear", torch.clone, lambda g, p: g),  # outputs of an op may not be one tensor
 )
 KINDS = {activation.kind: activation for activation in _ALL}
 # By the names that transformers, and with it the adapters library, gives them.

@@ -160,7 +160,8 @@ def bottleneck_down_backward(
 def bottleneck_up(h: Tensor, l: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """residual + h l^T + bias: [M, N] in residual's dtype, without one in h's."""
     y = torch.nn.functional.linear(h, l.to(h.dtype), None if bias is None else bias.to(h.dtype))
-    return y if residual is None else torch.add(residual, y).to(residual.dtype)
+    # y comes first: of the two it gives the sum its strides.
+    return y if residual is None else torch.add(y, residual).to(residual.dtype)
 
 
 # ---- segments: rows bounds[e]..bounds[e + 1] have the factors e ----------------------------------------------
