@@ -53,9 +53,7 @@ def lora_linear(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; the message names it.
         RuntimeError: ``weight`` requires grad; or, in backward, a second derivative is asked for.
     """
-    dtype = _compute_dtype(x, weight)
-    _check_weight(weight)
-    _check(x, weight.shape, weight.device, lora_a, lora_b, scaling, bias, dtype)
+    dtype = check_lora_linear(x, weight, lora_a, lora_b, scaling, bias)
     keep, rng_state = _dropout(dropout_p, training, x)
     y: Tensor = LoraLinearFunction.apply(
         x, weight, lora_a, lora_b, scaling, bias, keep, rng_state, dtype
@@ -202,6 +200,21 @@ def lora_linear_segments(
         x, base, lora_a, lora_b, bounds, scalings, bias, keep, rng_state, dtype, *form
     )
     return y if x.ndim == 2 else y.view(*x.shape[:-1], shape[0])
+
+
+def check_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+) -> torch.dtype:
+    """The compute dtype of ``lora_linear``, which raises as this does."""
+    dtype = _compute_dtype(x, weight)
+    _check_weight(weight)
+    _check(x, weight.shape, weight.device, lora_a, lora_b, scaling, bias, dtype)
+    return dtype
 
 
 def _dropout(p: float, training: bool, x: Tensor) -> tuple[int, Tensor | None]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import ops
 from .._autocast import autocast_dtype
 from ..autograd.lora_linear import as_rows, split_scaling
+from ..functional import check_lora_linear
 from ..ops.linear import is_eager
 from ..rng import KEEP_ALL
 
@@ -98,15 +99,15 @@ def product_without_gradient(
     bias: Tensor | None,
 ) -> Tensor | None:
     """bias + c (W x + s B A x) with the scale in the product's own tiles; None where gradients are asked for, whose magnitude's
-    needs what it multiplies, and where other ways are as fast."""
+    needs what it multiplies, and where other ways are as fast. Raises as ``fastlora.lora_linear``."""
     tensors = x, weight, a, b, magnitude, bias
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return None
     if not is_eager(x) or autocast_dtype(x.device) is not None or weight.dtype != x.dtype:
         return None
-    rows = as_rows(x, x.dtype)
-    if not ops.scales_in_gemm(rows.shape[0], x, a.shape[0]):
+    if not ops.scales_in_gemm(x.shape[:-1].numel(), x, a.shape[0]):
         return None
+    rows = as_rows(x, check_lora_linear(x, weight, a, b, scaling, bias))
     scale, device_scale = split_scaling(scaling, KEEP_ALL)
     factor = ops.row_norms(weight, a, b, scaling, magnitude)
     h, _ = ops.down(rows, a, device_scale, scale)

@@ -389,6 +389,21 @@ def test_without_gradients_many_rows_are_scaled_in_the_product(device, monkeypat
         assert "scaled_gemm" not in {op for op, _ in fastlora.launches()}
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_rows_of_a_wrong_width_are_refused_in_the_scaled_product_too(device, monkeypatch, width):
+    """Kernels would read what lies behind the rows, or behind the factors."""
+    if support.miss("scaled_gemm", "triton", device, FP16, R) is not None:
+        pytest.skip("Triton runs on a GPU or in its interpreter")
+    monkeypatch.setattr(scale_ops, "_FEWEST_SCALED_ROWS", 1)
+    layer = trained(LoRALinear, FP16, n=32, k=64).to(device)
+    with (
+        fastlora.backend("triton", strict=True),
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"accepted is \[..., 64\]"),
+    ):
+        layer(torch.randn(3, width, device=device).to(FP16))
+
+
 def test_explain_names_the_norm_and_the_scale():
     lines = fastlora.explain(trained(), torch.randn(5, K)).splitlines()
     assert [line.split()[0] for line in lines].count("DoRA") == 2
