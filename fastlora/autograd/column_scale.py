@@ -62,6 +62,14 @@ def scale_columns(
     z: Tensor, magnitude: Tensor, norm: Tensor | None = None, rest: Tensor | None = None
 ) -> Tensor:
     """rest + c * z [..., N] in z's dtype, c = magnitude / norm with the norm a constant, or magnitude; ``rest`` is [N], of
-    z's shape, or None."""
+    z's shape, or None.
+
+    Raises:
+        ValueError: z is not as wide as ``magnitude``.
+        RuntimeError: in backward, a second derivative is asked for.
+    """
+    if z.shape[-1:] != magnitude.shape:
+        accepted = ", ".join(map(str, magnitude.shape))
+        raise ValueError(f"x: got shape {tuple(z.shape)}; accepted is [..., {accepted}]")
     y: Tensor = ColumnScaleFunction.apply(z, magnitude, norm, rest)
     return y

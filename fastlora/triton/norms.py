@@ -110,7 +110,7 @@ def row_norms(
         4,
         3 if rank <= 64 else 1,  # what is loaded ahead is as long as the rank
     )  # fmt: skip
-    arguments = squares, magnitude, out, n, runs
+    arguments = squares, None if magnitude is None else magnitude.contiguous(), out, n, runs
     constants = dict(BN=32, BC=16, MAGNITUDE=magnitude is not None)
     launch.run(_root_kernel, (launch.cdiv(n, 32),), weight.device, arguments, constants, 2, 1)
     return out

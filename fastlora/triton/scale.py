@@ -114,6 +114,7 @@ def scale_columns(z: Tensor, magnitude: Tensor, norm: Tensor | None, rest: Tenso
     count("scale_columns", "triton")
     if y.numel() == 0:
         return y
+    magnitude, norm = magnitude.contiguous(), None if norm is None else norm.contiguous()
     rest_strides = (0, 0) if rest is None else (0,) * (2 - rest.ndim) + rest.stride()
     bm, bn = _tile(m, n)
     launch.run(
@@ -139,6 +140,7 @@ def scale_columns_backward(
     """``reference.scale_columns_backward`` on Triton."""
     m, n = dy.shape
     count("scale_columns_backward", "triton")
+    magnitude, norm = magnitude.contiguous(), None if norm is None else norm.contiguous()
     dz = dy.new_empty(m, n) if need_z else None
     d_magnitude = None if z is None else magnitude.new_empty(n)
     sums = dy.new_empty(n, dtype=torch.float32) if need_sums else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import fastlora
 from fastlora import QLoRALinear
 from fastlora.autograd import scale_columns as scale
 from fastlora.layers.ia3 import IA3Layer
@@ -131,6 +132,17 @@ def test_empty_and_strided_input() -> None:
     torch.testing.assert_close(layer(wide), layer(wide.contiguous()))
     expanded = torch.randn(1, K).expand(6, K)
     torch.testing.assert_close(scale(expanded, torch.ones(K)), expanded)
+
+
+@pytest.mark.parametrize("wanted", ["triton", "torch"])
+@pytest.mark.parametrize("width", [1, K - 1, K + 1])
+def test_rows_of_a_wrong_width_are_refused_before_a_kernel_sees_them(
+    wanted: str, device: torch.device, width: int
+) -> None:
+    layer = IA3Layer(nn.Linear(K, N), is_feedforward=True).to(device)
+    refused = pytest.raises(ValueError, match=rf"accepted is \[..., {K}\]")
+    with fastlora.backend(wanted), refused:
+        layer(torch.randn(3, width, device=device))
 
 
 @pytest.mark.parametrize("feedforward", [False, True])

@@ -67,6 +67,18 @@ def test_backward_is_exact_on_integers(m, n, dtype, with_norm, layout):
         assert ours is None, name
 
 
+def test_factors_of_any_stride():
+    z, factors, rest = torch.randn(20, 40, device=DEVICE), torch.rand(40, 3, device=DEVICE) + 0.1, torch.randn(80, device=DEVICE)[::2]  # fmt: skip
+    magnitude, norm = factors[:, 0], factors[:, 1]
+    y = scale.scale_columns(z, magnitude, norm, rest)
+    torch.testing.assert_close(y, rest + magnitude / norm * z)
+    got = scale.scale_columns_backward(z, z, magnitude, norm, True, False)
+    torch.testing.assert_close(got[0], magnitude / norm * z)
+    torch.testing.assert_close(got[1], (z * z).sum(0) / norm)
+    one = factors[:1, 0].expand(40)
+    torch.testing.assert_close(scale.scale_columns(z, one, None, None), z * one)
+
+
 def test_many_rows_are_summed_in_fp32():
     m, n = (100_000, 40) if GPU else (1000, 40)
     z = (torch.rand(m, n, device=DEVICE) + 0.5).to(FP16)
