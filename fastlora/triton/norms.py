@@ -3,7 +3,8 @@
 A program takes BN rows and a run of columns. It reads them once, BK columns at a time, makes the same columns of s B A beside
 them in registers, and sums the squares of what both are together: nothing of size [N, K] is written, and rows where the two
 cancel lose no digits, as sums of |W|^2, W . BA and |BA|^2 would. Products are exact to fp32 (of 16-bit factors as they are,
-else of fp32 ones in three TF32 parts), squares in fp64, which no scaling overflows. Rows alone are too few programs to hide the latencies of one another, so a second launch adds the runs' squares.
+else of fp32 ones in three TF32 parts), squares in fp64, which no scaling overflows. Rows alone are too few programs to hide the
+latencies of one another, so a second launch adds the runs' squares.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def row_norms(
         dict(
             BN=bn, BK=bk, BR=br, RP=launch.cdiv(rank, br) * br, SCALING=scaling is not None,
             EVEN=n % bn == 0 and k % bk == 0,
-            WIDEN=launch.interpreting(),  # whose bf16 products are wrong
+            # The interpreter's bf16 products are wrong, and fp64 ones have no sums in fp32.
+            WIDEN=launch.interpreting() or torch.float64 in (lora_a.dtype, lora_b.dtype),
         ),
         4,
         3 if rank <= 64 else 1,  # what is loaded ahead is as long as the rank
