@@ -89,7 +89,7 @@ def _segment_down_kernel(
     h_tile = (acc * scale).to(out.dtype.element_ty)
     tl.store(here, h_tile, mask=mine & live)
     if SPREAD:
-        spread_rows(h_tile, x_more, bounds, segment, row0, mine, M, E, BM, BR, BE, SIDE, RP, TILE)
+        spread_rows(h_tile, x_more, bounds, segment, row0, mine, M, E, R, BM, BR, BE, SIDE, RP, TILE)
 
 
 @triton.jit

@@ -92,10 +92,12 @@ def _as_it_lies(l: Tensor, padded: int, k_major: bool, dtype: torch.dtype) -> Te
 
 @triton.jit
 def spread_rows(
-    h_tile, x_more, bounds, segment, row0, mine, M, E,
+    h_tile, x_more, bounds, segment, row0, mine, M, E, R,
     BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, SIDE: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of h from ``row0``, of which those of ``segment`` are ``mine``, into every group that their TILE rows meet."""
+    """BM rows of h from ``row0``, of which those of ``segment`` are ``mine``, into every group that their TILE rows meet.
+
+    Zeros stand beyond R, where h_tile has NaN for rows of x with an infinity."""
     m = row0 + tl.arange(0, BM)
     r = tl.arange(0, BR)
     top = row0 // TILE * TILE
@@ -103,7 +105,7 @@ def spread_rows(
     for g in range(first // SIDE, (last + SIDE) // SIDE):
         rows = x_more + (tl.cast(g, tl.int64) * TILE + m)[:, None] * (SIDE * RP) + r[None, :]
         for side in tl.static_range(SIDE):
-            own = segment == g * SIDE + side
+            own = (segment == g * SIDE + side) & (r < R)[None, :]
             tl.store(rows + side * RP, tl.where(own, h_tile, 0.0), mask=mine & (r < RP)[None, :])
 
 

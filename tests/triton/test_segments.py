@@ -323,6 +323,16 @@ def test_more_of_k_keeps_an_adapter_that_overflowed_to_its_rows(bad, r, dx):
     assert torch.equal(got[~spoilt], y[~spoilt]) and not got[50].isfinite().all()
 
 
+@pytest.mark.parametrize("r", [3, 12])
+def test_an_infinity_in_a_row_of_x_is_one_in_y(r):
+    """Ranks that x_more and w_more have beyond r are zero in both, where inf * 0 would make all of the row NaN."""
+    x, w, a, b, _ = linear_operands(M, 40, 72, r, 3, FP16, False)
+    x, w, a, b = (t.abs() + 1 for t in (x, w, a, b))
+    x[5, 3] = torch.inf
+    y, _ = linear_of(x, w, a, b, bounds_of([2, 20, 45, 60]))
+    assert y[5].isinf().all() and y[torch.arange(M, device=DEVICE) != 5].isfinite().all()
+
+
 def test_infinite_rows_stay_in_their_own_segment():
     """Rows of others share a tile: what they hold must not be multiplied by zero, which would be NaN."""
     m, k, n, r = 64, 32, 24, 4
