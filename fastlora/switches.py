@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 STEPS = {  # what becomes of each
-    "one_launch": "a linear and its update are not one launch (csrc/lora, csrc/few, triton/gemm with segments) but its ops one by one",
+    "one_launch": "a linear and its update are not one launch (csrc/lora, csrc/few, triton/gemm with segments or DoRA's scale) but its ops one by one",
     "one_read": "in csrc/lora g and dB each have their own read of dY",
     "beside": "in csrc/lora all clusters begin with h (g), then come tiles, then the gradients of A and B",
     "nf4_codes": "a 4-bit weight is always dequantised first, never multiplied by its codes: y and dX are those of a matmul, exactly",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import switches
 from . import support
 from .raw import backend_module
 
@@ -61,6 +62,7 @@ def scales_in_gemm(rows: int, like: Tensor, rank: int) -> bool:
     wish = support.preference().name
     return (
         wish in (None, "triton")
+        and not switches.off("one_launch")
         and like.dtype in (torch.bfloat16, torch.float16)
         and rows >= _FEWEST_SCALED_ROWS
         and (like.device.type == "cuda" or wish == "triton")

@@ -387,6 +387,11 @@ def test_without_gradients_many_rows_are_scaled_in_the_product(device, monkeypat
         fastlora.reset_launches()
         layer.half()(x)
         assert "scaled_gemm" not in {op for op, _ in fastlora.launches()}
+    monkeypatch.setattr(support.switches, "_OFF", frozenset({"one_launch"}))
+    with fastlora.backend("triton", strict=True), torch.no_grad():
+        fastlora.reset_launches()
+        layer(x)
+        assert "scaled_gemm" not in {op for op, _ in fastlora.launches()}
 
 
 @pytest.mark.parametrize("width", [40, 80])
