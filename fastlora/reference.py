@@ -300,7 +300,7 @@ def row_norms(
     for w, b in zip(weight.split(1024), lora_b.split(1024), strict=True):
         slabs.append(torch.linalg.vector_norm(w.double() + (b.double() @ a) * s, dim=1).to(out))
     norms = torch.cat(slabs)
-    return norms if magnitude is None else _column_factors(norms, magnitude, norms)
+    return norms if magnitude is None else _column_factors(norms, magnitude, norms).to(out)
 
 
 def scaled_gemm(

@@ -10,7 +10,6 @@ fastlora's kernels.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from .. import ops
 from .._autocast import autocast_dtype
 from ..activations import ACTIVATIONS, KINDS
+from .lora_linear import as_rows
 
 
 def bottleneck(
@@ -84,11 +84,11 @@ class BottleneckFunction(torch.autograd.Function):
         dtype: torch.dtype,
         around: bool,
     ) -> Tensor:
-        rows, kind = _rows(x, dtype), ACTIVATIONS[activation].kind
+        rows, kind = as_rows(x, dtype), ACTIVATIONS[activation].kind
         a, p = ops.bottleneck_down(rows, down, down_bias, kind, any(ctx.needs_input_grad))
         base = rows if around else None
         if residual is not None:
-            base = _rows(residual, residual.dtype)
+            base = as_rows(residual, residual.dtype)
         y = ops.bottleneck_up(a, up, up_bias, base)
         ctx.save_for_backward(x, p, down, up)
         ctx.kind, ctx.dtype, ctx.around = kind, dtype, around
@@ -105,7 +105,7 @@ class BottleneckFunction(torch.autograd.Function):
         (grad,) = grads
         x, p, down, up = ctx.saved_tensors
         need = ctx.needs_input_grad
-        dy = _rows(grad, ctx.dtype)
+        dy = as_rows(grad, ctx.dtype)
         d_x = d_res = d_down_bias = g = a = None
         if need[0] or need[2] or need[3]:
             g, a = ops.bottleneck_down_backward(dy, up.t(), p, ctx.kind, need[4])
@@ -121,7 +121,7 @@ class BottleneckFunction(torch.autograd.Function):
             shape, kind = ctx.like
             d_res = grad.to(kind).view(shape)
         d_down, d_up, d_up_bias = ops.bottleneck_wgrad(
-            _rows(x, ctx.dtype) if need[2] else None,
+            as_rows(x, ctx.dtype) if need[2] else None,
             g if need[2] else None,
             dy if need[4] or need[5] else None,
             a if need[4] else None,
@@ -130,8 +130,3 @@ class BottleneckFunction(torch.autograd.Function):
             ctx.dtypes[2] if need[5] else None,
         )
         return d_x, d_res, d_down, d_down_bias, d_up, d_up_bias, None, None, None
-
-
-def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t [..., K] as [M, K]; M is spelled out, for -1 is ambiguous where K is 0."""
-    return t.to(dtype).reshape(math.prod(t.shape[:-1]), t.shape[-1])

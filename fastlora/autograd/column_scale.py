@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .lora_linear import as_rows
 
 
 class ColumnScaleFunction(torch.autograd.Function):
@@ -27,8 +28,8 @@ class ColumnScaleFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, magnitude, norm)
         ctx.rest_like = None if rest is None else (rest.ndim, rest.dtype)
-        more = rest if rest is None or rest.ndim == 1 else _rows(rest)
-        return ops.scale_columns(_rows(z), magnitude, norm, more).view(z.shape)
+        more = rest if rest is None or rest.ndim == 1 else as_rows(rest, rest.dtype)
+        return ops.scale_columns(as_rows(z, z.dtype), magnitude, norm, more).view(z.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -41,7 +42,7 @@ class ColumnScaleFunction(torch.autograd.Function):
         need_z, need_magnitude, _, need_rest = ctx.needs_input_grad
         by_row = need_rest and ctx.rest_like[0] > 1
         dz, d_magnitude, sums = ops.scale_columns_backward(
-            _rows(dy), None if z is None else _rows(z), magnitude, norm, need_z, need_rest and not by_row
+            as_rows(dy, dy.dtype), None if z is None else as_rows(z, z.dtype), magnitude, norm, need_z, need_rest and not by_row
         )  # fmt: skip
         d_rest = None
         if need_rest:
@@ -52,10 +53,6 @@ class ColumnScaleFunction(torch.autograd.Function):
             None,
             d_rest,
         )
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def scale_columns(

@@ -21,7 +21,7 @@ from ..rng import philox_calls
 from . import launch
 from .bounds import count_items, locate, lookup_block
 from .dot import dot_add, lost_bits
-from .down import sum_splits
+from .down import DownTile, sum_splits
 from .gemm import add_low_rank, load_tile, segment_gemm, spread_tile
 from .mask import expand, load_words, make_words
 from .spread import FACTOR_ROWS, Spread, prepare, spread_factor, spread_rows, spreads
@@ -89,7 +89,9 @@ def _segment_down_kernel(
     h_tile = (acc * scale).to(out.dtype.element_ty)
     tl.store(here, h_tile, mask=mine & live)
     if SPREAD:
-        spread_rows(h_tile, x_more, bounds, segment, row0, mine, M, E, R, BM, BR, BE, SIDE, RP, TILE)
+        spread_rows(
+            h_tile, x_more, bounds, segment, row0, mine, M, E, R, BM, BR, BE, SIDE, RP, TILE
+        )
 
 
 @triton.jit
@@ -132,18 +134,6 @@ def _segment_up_kernel(
     tl.store(here, acc.to(y.dtype.element_ty), mask=mine)
 
 
-@dataclass(frozen=True)
-class SegmentDownTile:
-    """Tile shape, and into how many runs K is cut."""
-
-    bm: int
-    bk: int
-    br: int
-    warps: int
-    stages: int
-    splits: int
-
-
 @functools.lru_cache(1024)
 def down_tile(
     m: int,
@@ -153,7 +143,7 @@ def down_tile(
     dtypes: tuple[torch.dtype, torch.dtype],
     drop: bool,
     device: torch.device,
-) -> SegmentDownTile:
+) -> DownTile:
     """The tile for a problem (``dtypes`` of x and l), after down.py's. Masks are made 32 rows at a time."""
     br = launch.pick(rank, (16, 32, 64, 128))
     if launch.interpreting():
@@ -172,7 +162,7 @@ def down_tile(
     splits = launch.multiprocessors(device) // max(ctas, 1)
     if not launch.interpreting():
         splits = min(splits, k // (4 * bk), 32)
-    return SegmentDownTile(bm, bk, br, warps, stages, max(1, splits))
+    return DownTile(bm, bk, br, warps, stages, max(1, splits))
 
 
 def down(
@@ -183,7 +173,7 @@ def down(
     scale: float,
     rng_state: Tensor | None,
     keep: int,
-    tile: SegmentDownTile | None = None,
+    tile: DownTile | None = None,
     more: Spread | None = None,
 ) -> Tensor:
     """``reference.segment_down`` on Triton. ``tile`` overrides the plan (for sweeps); ``more`` is filled, which takes a tile

@@ -97,6 +97,10 @@ def test_op_and_its_fake():
         assert fastlora.launches() == {("row_norms", "triton"): 1}
     for scaling in (None, torch.tensor(2.0, device=DEVICE)):
         torch.library.opcheck(torch.ops.fastlora._row_norms.default, (w, a, b, scaling, 0.5, None))
+    for backend in ("triton", "torch"):
+        with fastlora.backend(backend):  # a magnitude in fp64 beside a weight in fp32
+            args = w, a, b, None, 0.5, torch.ones(24, device=DEVICE).double()
+            torch.library.opcheck(torch.ops.fastlora._row_norms.default, args)
     exact = ops.row_norms(w.double(), a.double(), b.double(), 0.5)
     assert exact.dtype == F64
 
