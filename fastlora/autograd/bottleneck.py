@@ -4,7 +4,7 @@
     backward  g = (dY U) * act'(p)             dX = g D (+ dY where R is x)      dR = dY
               dD = g^T x     dd = sum_m g      dU = dY^T a                       du = sum_m dY
 
-Saved: x and p [M, r]; a is made again beside g. Every line is an op of ops/bottleneck.py, which decides up to which r they are
+Saved: x where D is trained, and p [M, r]; a is made again beside g. Every line is an op of ops/bottleneck.py, which decides up to which r they are
 fastlora's kernels.
 """
 
@@ -85,13 +85,21 @@ class BottleneckFunction(torch.autograd.Function):
         around: bool,
     ) -> Tensor:
         rows, kind = as_rows(x, dtype), ACTIVATIONS[activation].kind
-        a, p = ops.bottleneck_down(rows, down, down_bias, kind, any(ctx.needs_input_grad))
+        need_x, _, need_down, need_d, need_up, *_ = ctx.needs_input_grad
+        need_g = need_x or need_down or need_d
+        a, p = ops.bottleneck_down(rows, down, down_bias, kind, need_g or need_up)
         base = rows if around else None
         if residual is not None:
             base = as_rows(residual, residual.dtype)
         y = ops.bottleneck_up(a, up, up_bias, base)
-        ctx.save_for_backward(x, p, down, up)
+        ctx.save_for_backward(
+            x if need_down else None,
+            p if need_g or need_up else None,
+            down if need_x else None,
+            up if need_g else None,
+        )
         ctx.kind, ctx.dtype, ctx.around = kind, dtype, around
+        ctx.x_like = x.shape, x.dtype
         ctx.like = residual is not None and (residual.shape, residual.dtype)
         ctx.dtypes = down.dtype, up.dtype, up_bias.dtype, down_bias.dtype
         return y  # [M, N]
@@ -111,7 +119,8 @@ class BottleneckFunction(torch.autograd.Function):
             g, a = ops.bottleneck_down_backward(dy, up.t(), p, ctx.kind, need[4])
             if need[0]:
                 d_x = ops.bottleneck_up(g, down.t(), None, dy if ctx.around else None)
-                d_x = d_x.view(x.shape).to(x.dtype)
+                shape, kind = ctx.x_like
+                d_x = d_x.view(shape).to(kind)
             if need[3]:
                 wide = torch.promote_types(ctx.dtype, torch.float32)
                 d_down_bias = g.sum(0, dtype=wide).to(ctx.dtypes[3])

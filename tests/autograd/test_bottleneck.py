@@ -130,6 +130,31 @@ def test_saved_are_x_the_preactivation_and_the_factors() -> None:
     assert sorted(t.shape for t in saved) == sorted([x.shape, (50, R), (R, K), (K, R)])
 
 
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        ("x", [(50, R), (R, K), (K, R)]),
+        ("down", [(50, K), (50, R), (K, R)]),
+        ("d", [(50, R), (K, R)]),
+        ("up", [(50, R)]),
+        ("u", []),
+    ],
+)
+def test_nothing_is_saved_that_no_gradient_reads(wanted: str, kept: list[tuple[int, ...]]) -> None:
+    """Of a frozen adapter behind a trained one, no [M, K]."""
+    factors = [f.detach() for f in drawn(n=K, dtype=torch.float32)]
+    leaves = dict(zip(("x", "down", "d", "up", "u"), (torch.randn(50, K), *factors), strict=True))
+    leaves[wanted].requires_grad_()
+    x, *factors = leaves.values()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = bottleneck(x, x, *factors, "swish")
+    assert sorted(t.shape for t in saved) == sorted(map(torch.Size, kept))
+    (got,) = torch.autograd.grad(y.sum(), leaves[wanted])
+    (want,) = torch.autograd.grad(formula(x, x, *factors, "swish").sum(), leaves[wanted])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(0, K), (3, 0, K), (1, K), (K,)])
 def test_empty_and_odd_shapes(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
