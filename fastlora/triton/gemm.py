@@ -1,5 +1,6 @@
 """gemm: y = x w^T + bias + drop(h l^T), the frozen product with its K loop extended by the rank.
-segment_gemm: the same with a factor l_e of its own for the rows of each segment e (bounds.py).
+scaled_gemm: y = bias + factor * (x w^T + h l^T), with a factor for each column.
+segment_gemm: y with an l_e of its own for the rows of each segment e (bounds.py).
 
 Persistent: one CTA per SM walks BM x BN output tiles in groups of rows, fp32 accumulator, one rounding. On sm_90 and
 newer x, w and y move through tensor descriptors (TMA), whose edges are clipped by hardware (and without a low-rank term
@@ -12,7 +13,8 @@ product gets an accumulator of its own after the main loop, one half of the tile
 
 With segments so does the product by each l_e that a tile's rows meet, two on average where segments are as long as tiles
 are high: all rows of h are multiplied, and of the product those of segment e are taken. (Rows of others are not zeroed in
-h instead, so that an adapter that holds an infinity or NaN spoils its own rows alone.)
+h instead, so that an adapter that holds an infinity or NaN spoils its own rows alone.) Laid out by spread.py they are more
+of K, in tiles that meet no such adapter.
 """
 
 from __future__ import annotations
@@ -122,9 +124,10 @@ def _gemm_kernel(
     M, N, K, R, E, stride_xm, stride_xk, stride_wn, stride_wk, stride_ym,
     stride_hm, stride_hr, stride_le, stride_ln, stride_lr, pitch,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, BE: tl.constexpr,
-    SIDE: tl.constexpr, CHUNKS: tl.constexpr, FLAGS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
-    EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, SEGMENTS: tl.constexpr, FLATTEN: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, FACTOR: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
+    SIDE: tl.constexpr, CHUNKS: tl.constexpr, FLAGS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr, EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, SEGMENTS: tl.constexpr,
+    FLATTEN: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, HALVES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     launch.enter_chain(CHAIN)
     COLS: tl.constexpr = BN // 2 if HALVES else BN  # what is finished at once
@@ -137,7 +140,7 @@ def _gemm_kernel(
     group_size = GROUP * tiles_n
     steps = tl.cdiv(K, BK)
     base_steps = steps
-    apart = True  # whether segments' terms are added after the loop
+    afterwards = True  # whether segments' terms are added after the loop
     if SPREAD:
         all_bounds = load_bounds(bounds, E, BE)
         flag = tl.arange(0, FLAGS)
@@ -169,11 +172,11 @@ def _gemm_kernel(
             first, last = segments_met(all_bounds, row0, tl.minimum(row0 + BM, M), E)
             group = first // SIDE
             end = tl.where(first <= last, last // SIDE + 1, group)
-            apart = any_faulty
+            afterwards = any_faulty
             if any_faulty:
                 met = (flag >= group * CHUNKS) & (flag < end * CHUNKS)
-                apart = tl.max(tl.where(met, flags, 0), axis=0) > 0
-            steps = base_steps + tl.where(apart, 0, end - group)
+                afterwards = tl.max(tl.where(met, flags, 0), axis=0) > 0
+            steps = base_steps + tl.where(afterwards, 0, end - group)
 
         acc = tl.zeros((BM, BN), tl.float32)
         lost = lost_bits(acc, DTYPE)
@@ -205,7 +208,7 @@ def _gemm_kernel(
                 low = add_low_rank(h_tile, l_0, tl.zeros_like(acc_0), h, l, row0, col0, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
             if SEGMENTS:
-                if apart:
+                if afterwards:
                     acc_0 = _add_segments(acc_0, h, l, bounds, words, row0, col0, M, N, R, E, stride_hm, stride_hr,
                                         stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
             _finish(acc_0, low, words_0, y, bias, factor, row0, col0, M, N, stride_ym, BM, COLS, TMA, APART, BIAS,
@@ -214,7 +217,7 @@ def _gemm_kernel(
                 low = add_low_rank(h_tile, l_1, tl.zeros_like(acc_1), h, l, row0, col1, M, N, R, stride_hm, stride_hr,
                                 stride_ln, stride_lr, BM, COLS, BR, RP, PRECISION)  # fmt: skip
             if SEGMENTS:
-                if apart:
+                if afterwards:
                     acc_1 = _add_segments(acc_1, h, l, bounds, words, row0, col1, M, N, R, E, stride_hm, stride_hr,
                                         stride_le, stride_ln, stride_lr, pitch, BM, COLS, BR, RP, BE, MASK, PRECISION)  # fmt: skip
             _finish(acc_1, low, words_1, y, bias, factor, row0, col1, M, N, stride_ym, BM, COLS, TMA, APART, BIAS,
