@@ -1,4 +1,5 @@
-"""Raw ops and the choice of who runs them. ``fastlora.autograd`` is the only caller besides tests."""
+"""Raw ops and the choice of who runs them. None has a gradient formula: ``fastlora.autograd`` is the public path to those that
+want one."""
 
 from .bottleneck import (
     bottleneck_down,
