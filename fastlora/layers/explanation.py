@@ -12,6 +12,7 @@ from torch import Tensor
 from .._autocast import autocast_dtype
 from ..ops import cuda_backend, support
 from ..ops.nf4 import dx_reads_codes, reads_codes
+from ..ops.scale import scales_in_gemm
 from ..quant.bitsandbytes import obstacle, pack
 from ..rng import mask_shape
 from .base import LoRALayer
@@ -78,6 +79,20 @@ def _line(
     return f"  {op:6} {formula:32} -> {chosen}" + (f"   ({'; '.join(passed)})" if passed else "")
 
 
+def _dora_lines(x: Tensor, rows: int, rank: int, quantized: bool) -> list[str]:
+    norms = "torch  (from W A^T and A A^T; W read once)"
+    if x.device.type == "cuda":  # elsewhere layers/dora.py has a way of its own
+        norms = f"{support.choose('row_norms', x.device, x.dtype, rank)}  (W read once)"
+    scale = support.choose("scale_columns", x.device, x.dtype, 0)
+    kept = "in training z is kept where m is trained"
+    if not quantized and scales_in_gemm(rows, x, rank):
+        kept += "; where nothing wants a gradient, in z's own launch"
+    return [
+        f"  DoRA   n = ||W + s B A|| by rows        -> {norms}",
+        f"  DoRA   y = bias + (m / n) z, z below    -> {scale}  ({kept})",
+    ]
+
+
 def explain(layer: Any, x: Tensor) -> str:
     """What a forward and backward of ``layer`` on ``x`` would run, op by op, with the reason for each choice.
 
@@ -108,10 +123,7 @@ def explain(layer: Any, x: Tensor) -> str:
         f"{type(layer).__name__}: M={rows} K={k} N={n} r={rank} {x.dtype} on {x.device}{preference}"
     ]
     if dora:
-        lines += [
-            "  DoRA   n = ||W + s B A|| by rows        -> torch  (from W A^T and A A^T; W read once)",
-            "  DoRA   y = bias + (m / n) z, z below    -> torch  (in training z is kept where m is trained)",
-        ]
+        lines += _dora_lines(x, rows, rank, quantized)
     flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
     whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
     state = x.new_empty(2, dtype=torch.int64) if drops else None

@@ -409,8 +409,15 @@ def test_rows_of_a_wrong_width_are_refused_in_the_scaled_product_too(device, mon
         layer(torch.randn(3, width, device=device).to(FP16))
 
 
-def test_explain_names_the_norm_and_the_scale():
+def test_explain_names_the_norm_and_the_scale(monkeypatch):
     lines = fastlora.explain(trained(), torch.randn(5, K)).splitlines()
     assert [line.split()[0] for line in lines].count("DoRA") == 2
+    if support.miss("scale_columns", "triton", torch.device("cpu"), FP16, 0) is None:
+        monkeypatch.setattr(scale_ops, "_FEWEST_SCALED_ROWS", 5)
+        layer, x = trained(LoRALinear, FP16), torch.randn(5, K).half()
+        for rows, product in ((x, True), (x[:4], False)):
+            with fastlora.backend("triton"):
+                line = fastlora.explain(layer, rows).splitlines()[2]
+            assert "-> triton" in line and ("in z's own launch" in line) == product
     plain = trained(use_dora=False)
     assert "DoRA" not in fastlora.explain(plain, torch.randn(5, K))
