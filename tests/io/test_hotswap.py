@@ -274,6 +274,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "rank": ("lora, parameters", lambda: _changed("lora, parameters", r=5), "prepare_hotswap"),
     "rank of rows": ("lora, embeddings", lambda: _changed("lora, embeddings", r=5), "prepare_hotswap"),
     "other rows": ("lora, rows", lambda: _changed("lora, rows", trainable_token_indices=[1, 2, 3]), "trainable_token_indices"),
+    "rows in another order": ("lora, rows", lambda: _changed("lora, rows", trainable_token_indices=[45, 23, 15]), "trainable_token_indices"),
     "other parameters": ("lora, parameters", lambda: _changed("lora, parameters", target_parameters=["experts.down_proj"]), "target_parameters"),
     "other modules": ("ia3", lambda: fastlora.IA3Config(target_modules=["o_proj"], feedforward_modules=[]), "no place"),
     "another side": ("ia3", lambda: fastlora.IA3Config(target_modules=["k_proj"], feedforward_modules=["k_proj"]), r"accepted is \[16, 1\]"),
