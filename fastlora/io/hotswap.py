@@ -182,6 +182,8 @@ def _writes(
     layers = [item for item in layers_of(model, adapter_name) if adapter_name in item[1].adapters]
     known = {key for _, _, entries in layers for key in entries}
     left = dict(config.own_keys(tensors, known, model.get_base_model(), adapter_name))
+    if not left:
+        raise ValueError(f"{config.weights_name}: has no tensors; the file is torn")
     slots: list[Pair] = []
     places: list[Pair] = []
     writes = []

@@ -309,6 +309,17 @@ def test_a_refused_swap_changes_nothing(case: str, tmp_path: Path) -> None:
     assert model.peft_config["default"] is told and places(model) == where
 
 
+@pytest.mark.parametrize("name", ["lora", "ia3", "houlsby", "prompt"])
+def test_a_file_without_tensors_changes_nothing(name: str, tmp_path: Path) -> None:
+    model = METHODS[name].moved()
+    model.save_pretrained(tmp_path)
+    save_file({}, tmp_path / model.peft_config["default"].weights_name)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="has no tensors|lacks 1"):
+        hotswap_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize(
     "name", ["dora", "lora, parameters", "lora, copies", "ia3", "ln_tuning", "prompt"]
 )
