@@ -37,7 +37,6 @@ from ..layers.fused import FusedLayer
 from ..layers.inits import changes_base_weight
 from ..layers.merging import is_sharded
 from ..methods import PeftConfig
-from ..methods.adapters_layout import PICKLE_NAME
 from ..methods.base import CONFIG_NAME
 from ..models.entry import own_config, plan
 from ..models.inject import Injection, set_trainable, trained_biases
@@ -51,9 +50,9 @@ from .files import (
     text_writer,
     write_together,
 )
+from .folder import WEIGHTS_NAME, find_folder, weights_file
 from .subtraction import check_convertible, doubled, subtract
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 RECORD_NAME = "trainable_parameters.json"
 TRAINING_NAME = "adapter_training.safetensors"
 PREFIX = "base_model.model."
@@ -350,41 +349,6 @@ def _splits_weight(init: bool | str) -> bool:
 # Reading: everything is checked before anything is copied.
 
 
-def find_folder(path: Path, adapter_name: str) -> Path:
-    """The folder of an adapter's two files: ``path``, or in it the one of the adapter's name. FileNotFoundError otherwise."""
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"path: {path} is no folder; accepted is one with {CONFIG_NAME} and {WEIGHTS_NAME}"
-        )
-    inside = path / adapter_name
-    folder = (
-        inside if not (path / CONFIG_NAME).is_file() and (inside / CONFIG_NAME).is_file() else path
-    )
-    if not (folder / WEIGHTS_NAME).is_file() and (folder / "adapter_model.bin").is_file():
-        raise FileNotFoundError(
-            f"{folder}: has adapter_model.bin and no {WEIGHTS_NAME}; pickled files can run code "
-            "and are not read. Convert it where you trust it: "
-            "peft.PeftModel.from_pretrained(base, path).save_pretrained(new_path)"
-        )
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(
-            f"{folder / CONFIG_NAME}: not found; an adapter is {CONFIG_NAME} and {WEIGHTS_NAME}"
-        )
-    return folder
-
-
-def weights_file(folder: Path, config: PeftConfig) -> Path:
-    """The file of an adapter's tensors in its folder; FileNotFoundError if it is not there."""
-    file = folder / config.weights_name
-    if not file.is_file():
-        pickle = (folder / PICKLE_NAME).is_file() and config.weights_name != WEIGHTS_NAME
-        why = f"; {PICKLE_NAME}, which could run code, is not read" if pickle else ""
-        raise FileNotFoundError(
-            f"{file}: not found; an adapter is {CONFIG_NAME} and {config.weights_name}{why}"
-        )
-    return file
-
-
 def _fill(
     model: PeftModel,
     adapter_name: str,
@@ -400,20 +364,23 @@ def _fill(
                 f"{entry.key}: is on the meta device; give the model real parameters first "
                 "(to_empty)"
             )
-    _check_ties(pairs)
+    check_ties(pairs)
     with torch.no_grad():
         for entry, value in pairs:
             entry.tensor.copy_(value)
 
 
-def _check_ties(pairs: list[tuple[AdapterTensor, Tensor]]) -> None:
+def check_ties(pairs: list[tuple[AdapterTensor, Tensor]]) -> None:
     """ValueError where a file has two values for one Parameter, which two modules share (ensure_weight_tying)."""
-    known: dict[int, tuple[Tensor, Tensor]] = {}
+    known: dict[Any, tuple[Tensor, Tensor]] = {}
     for entry, value in pairs:
         target = entry.tensor
-        other, kept = known.setdefault(target.data_ptr(), (target, value))
+        memory: Any = target.untyped_storage()  # its address, on the meta device, is nobody's
+        other, kept = known.setdefault(memory._cdata, (target, value))
         same = (target.shape, target.stride()) == (other.shape, other.stride())
-        if value.numel() and not torch.equal(value if same else value.t(), kept):
+        if kept is value or not target.numel():
+            continue
+        if not torch.equal(value if same else value.t(), kept):
             raise ValueError(
                 f"{entry.key}: differs in the file from the tensor that it shares its memory with (ensure_weight_tying); stock "
                 "peft does not keep them the same over a base in 16 bits. With ensure_weight_tying false and all modules in "

@@ -25,20 +25,29 @@ from ..models.peft_model import PeftModel
 from .adapter import (
     PREFIX,
     biases_of,
+    check_ties,
     embedding_entries,
-    find_folder,
     layers_of,
     matching,
-    weights_file,
 )
 from .files import check_value, is_shadow, read_tensors
+from .folder import find_folder, weights_file
 
 # Fields by which a model was built, beside those that a configuration calls the meaning of its tensors.
-_BUILT_IN = ("lora_dropout", "dropout", "use_dora", "lora_bias", "bias", "target_parameters")
+_BUILT_IN = (
+    "lora_dropout",
+    "dropout",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "target_parameters",
+    "ensure_weight_tying",
+)
 # Of that meaning: what is swapped with the tensors.
 _SWAPPED = ("lora_alpha", "use_rslora", "alpha_pattern")
 
 Write = Callable[[], None]
+Pair = tuple[AdapterTensor, Tensor]  # where a value goes, and the value
 
 
 def prepare_hotswap(model: PeftModel, target_rank: int, adapter_name: str = "default") -> None:
@@ -151,7 +160,9 @@ def _check_fields(own: PeftConfig, config: PeftConfig, folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (list, set)) else value
+    """Names in any order; numbers (rows, runs of layers) mean something else in another."""
+    names = isinstance(value, (list, set)) and all(isinstance(one, str) for one in value)
+    return sorted(value) if names else value
 
 
 # Everything is checked before anything is written.
@@ -167,19 +178,27 @@ def _writes(
     """
     if config.is_prompt_learning:
         pairs = matching(model, adapter_name, tensors)
-        return [_copying(entry.tensor, value) for entry, value in pairs]
+        return [_copying(pair) for pair in pairs]
     layers = [item for item in layers_of(model, adapter_name) if adapter_name in item[1].adapters]
     known = {key for _, _, entries in layers for key in entries}
     left = dict(config.own_keys(tensors, known, model.get_base_model(), adapter_name))
+    if not left:
+        raise ValueError(f"{config.weights_name}: has no tensors; the file is torn")
+    slots: list[Pair] = []
+    places: list[Pair] = []
     writes = []
     for prefix, layer, entries in layers:
         if isinstance(layer, LoRALayer):
             assert isinstance(config, LoraConfig)
-            writes.append(_into_slot(prefix, layer, adapter_name, config, left))
+            pairs, write = _into_slot(prefix, layer, adapter_name, config, left)
+            slots += pairs
+            writes.append(write)
         else:
             neutral = {f"{prefix}{k}": v for k, v in layer.neutral_tensors(adapter_name).items()}
-            writes += _into_place(entries, left, neutral)
-    writes += _into_place(biases_of(model, adapter_name), left, {})
+            places += _into_place(entries, left, neutral)
+    places += _into_place(biases_of(model, adapter_name), left, {})
+    check_ties([*slots, *places])
+    writes += map(_copying, places)
     for key, entry in embedding_entries(model, adapter_name).items():
         if key in left and torch.equal(left[key].to(entry.tensor), entry.tensor):
             del left[key]  # PEFT stores the base's embeddings beside adapters of them
@@ -194,23 +213,23 @@ def _writes(
 
 def _into_place(
     entries: Mapping[str, AdapterTensor], tensors: dict[str, Tensor], neutral: Mapping[str, Tensor]
-) -> list[Write]:
-    """Copies of a file's tensors, taken out of ``tensors``; of ``neutral`` ones where the file has none of these."""
+) -> list[Pair]:
+    """A file's tensors and where they go, taken out of ``tensors``; ``neutral`` ones where the file has none of these."""
     values = tensors if any(key in tensors for key in entries) else dict(neutral)
-    writes = []
+    pairs = []
     for key, entry in entries.items():
         value = values.pop(key, None)
         if value is None:
             raise ValueError(f"{key}: is missing; the file is torn, or the adapter another")
         _check(key, value, entry.tensor.shape, entry.tensor.is_floating_point())
-        writes.append(_copying(entry.tensor, value))
-    return writes
+        pairs.append((entry, value))
+    return pairs
 
 
 def _into_slot(
     prefix: str, layer: LoRALayer, adapter_name: str, config: LoraConfig, tensors: dict[str, Tensor]
-) -> Write:
-    """What fills LoRA's slot in ``layer``; it is taken out of ``tensors``."""
+) -> tuple[list[Pair], Write]:
+    """A and B for LoRA's slot in ``layer``, and what fills it; they are taken out of ``tensors``."""
     slot_a, slot_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     keys = [f"{prefix}{key}" for key in layer.factor_keys]
     a, b = (tensors.pop(key, None) for key in keys)
@@ -239,7 +258,10 @@ def _into_slot(
             _check(f"{prefix}{key}", found, slot.shape, True)
             more[key] = found
     factors = a, b
-    return lambda: layer.fill_slot(adapter_name, *factors, alpha, config.use_rslora, more)
+    slots = (AdapterTensor(key, slot) for key, slot in zip(keys, (slot_a, slot_b), strict=True))
+    return list(zip(slots, factors, strict=True)), lambda: layer.fill_slot(
+        adapter_name, *factors, alpha, config.use_rslora, more
+    )
 
 
 def _check(key: str, value: Tensor, shape: torch.Size, is_float: bool) -> None:
@@ -251,9 +273,9 @@ def _check(key: str, value: Tensor, shape: torch.Size, is_float: bool) -> None:
         check_value(key, value)
 
 
-def _copying(target: Tensor, value: Tensor) -> Write:
+def _copying(pair: Pair) -> Write:
     def write() -> None:
         with torch.no_grad():
-            target.copy_(value)
+            pair[0].tensor.copy_(pair[1])
 
     return write

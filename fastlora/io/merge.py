@@ -24,9 +24,10 @@ from ..models.peft_model import PeftModel
 from ..quant import NF4Tensor
 from ..quant.checkpoint import keys_of, open_checkpoint, quantized_names, read_weight, write_weight
 from ..quant.conversion import Conversion, describe
-from .adapter import PREFIX, WEIGHTS_NAME, find_folder, matching
+from .adapter import PREFIX, check_ties, matching
 from .checkpoint import replacing_directory
 from .files import read_tensors
+from .folder import find_folder, weights_file
 from .merge_units import Unit, Work
 from .shards import SHARD_BYTES, Shards, copy_rest
 
@@ -79,10 +80,12 @@ def merge_checkpoint(
     folder = find_folder(Path(adapter), "default")
     config = _mergeable(PeftConfig.from_pretrained(folder))
     raw: dict[str, Any] = json.loads((source / "config.json").read_text())
+    _check_target(target, source, folder)
     model = _on_meta(source, config, raw)
     conversion, tied = Conversion(_on_meta(source, config, raw)), _tied_keys(model)
     wrapped = _with_adapter(model, config)
-    values = matching(wrapped, "default", read_tensors(folder / WEIGHTS_NAME))
+    values = matching(wrapped, "default", read_tensors(weights_file(folder, config)))
+    check_ties(values)
     named = {entry.key.removeprefix(PREFIX): value for entry, value in values}
     work = Work(wrapped, named, getattr(config, "init_lora_weights", True))
     with ExitStack() as stack:
@@ -112,8 +115,23 @@ def merge_checkpoint(
     return reports
 
 
+def _check_target(target: Path, source: Path, adapter: Path) -> None:
+    """ValueError where writing ``target`` would take away what is merged there, but for a source that the result replaces."""
+    whole = target.resolve()
+    for folder in (source.resolve(), adapter.resolve()):
+        if whole in folder.parents or whole == adapter.resolve():
+            raise ValueError(
+                f"target: {target} is, or holds, {folder}, which is merged, and would be replaced; give another folder"
+            )
+
+
 def _mergeable(config: PeftConfig) -> PeftConfig:
-    """``config``, if what it trains can be put into weights."""
+    """``config``, if what it trains can be put into weights of the source."""
+    if getattr(config, "layer_replication", None):
+        raise NotImplementedError(
+            "layer_replication: layers that occur again, each with an adapter of its own, are not in the source. Load both "
+            "(fastlora.load_adapter), and save what merge_and_unload() gives, as docs/lora.md says"
+        )
     why = None
     if config.is_prompt_learning:
         why = "virtual tokens are input to the model, and no change of its weights"

@@ -243,6 +243,11 @@ class LoRALayer(AdapterLayer):
             },
         }
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A [r * stacked, K] and B [N, r * stacked] of an adapter, of a slot for hot-swapping its own ranks."""
+        a, b = self._factor_entries(name)
+        return a.tensor, b.tensor
+
     def _factor_entries(self, name: str) -> list[AdapterTensor]:
         """A and B as a file has them: of a slot for hot-swapping, the adapter's own ranks."""
         a, b, r = self.lora_A[name], self.lora_B[name], self.r[name]
@@ -320,9 +325,12 @@ class LoRALayer(AdapterLayer):
         self.lora_A[name] = nn.Parameter(a.new_empty(ranks, a.shape[1]), a.requires_grad)
         self.lora_B[name] = nn.Parameter(b.new_empty(b.shape[0], ranks), b.requires_grad)
         self.write_factors(name, a, b)
-        self.scaling[name] = torch.as_tensor(
-            self.scaling[name], dtype=torch.float32, device=a.device
-        )
+        self._scale_on_device(name)
+
+    def _scale_on_device(self, name: str) -> None:
+        """Keep an adapter's scaling where its factors are, to be written in place."""
+        device = self.lora_A[name].device
+        self.scaling[name] = torch.as_tensor(self.scaling[name], dtype=torch.float32, device=device)
 
     def fill_slot(
         self,

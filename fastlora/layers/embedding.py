@@ -114,7 +114,7 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
             self.__dict__[name] = embedding.__dict__[name]
         # What to unload into: the module without its tensors. In a tuple, so that it is no submodule.
         self._bare = (bare(embedding),)
-        self.tied: list[nn.Module] = []  # output layers with the same adapters, see TiedLoRALinear
+        self.tied: list[LoRALayer] = []  # output layers with the same adapters, see TiedLoRALinear
         self.add_adapter(adapter_name, **settings)
         self.weight.requires_grad_(False)  # last: an error above leaves the caller's as it was
         self.train(embedding.training)
@@ -203,6 +203,12 @@ class LoRAEmbedding(MergeableLayer, LoRALayer):
             if name in self.lora_magnitude_vector:
                 exact *= self._column_factors(name).to(exact.dtype)
         return exact
+
+    def widen_slot(self, name: str, rank: int) -> None:
+        """As ``LoRALayer.widen_slot``; tied output layers go over to the new Parameters."""
+        super().widen_slot(name, rank)
+        for layer in self.tied:
+            layer.widen_slot(name, rank)
 
     def weight_holders(self) -> list[nn.Module]:
         return [self, *self.tied]

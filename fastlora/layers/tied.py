@@ -96,11 +96,23 @@ class TiedLoRALinear(LoRALinear):
         super().add_adapter(name, r, *args, **settings)
 
     def _hold_factors(self, name: str, a: Tensor, b: Tensor) -> None:
-        for part in self.factor_names:
-            getattr(self, part)[name] = getattr(self._source[0], part)[name]
+        self._share_factors(name)
         with torch.no_grad():
             self.lora_A[name].copy_(a)
             self.lora_B[name].copy_(b)
+
+    def _share_factors(self, name: str) -> None:
+        for part in self.factor_names:
+            getattr(self, part)[name] = getattr(self._source[0], part)[name]
+
+    def widen_slot(self, name: str, rank: int) -> None:
+        """As ``LoRALayer.widen_slot``, of the embedding and this layer."""
+        source = self._source[0]
+        if source.slot_rank(name) != rank:
+            source.widen_slot(name, rank)  # which calls this again
+            return
+        self._share_factors(name)
+        self._scale_on_device(name)
 
     def adapter_tensors(self, name: str) -> dict[str, AdapterTensor]:
         entries = super().adapter_tensors(name)

@@ -154,7 +154,7 @@ class PeftConfig:
         kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
         if adapters_layout.is_layout(values):
             kind = "BOTTLENECK"
-        if not cls.peft_type and kind in cls.methods:
+        if not cls.peft_type and isinstance(kind, str) and kind in cls.methods:
             found: Any = cls.methods[kind]
             return found.from_dict(values)
         if not cls.peft_type or kind != cls.peft_type:

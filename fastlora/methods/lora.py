@@ -104,6 +104,7 @@ class LoraConfig(TargetedConfig):
         "use_rslora",
         "alpha_pattern",
         "trainable_token_indices",
+        "layer_replication",
     )
     unsaved: ClassVar[tuple[str, ...]] = ("quantize",)
 

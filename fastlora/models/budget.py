@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.inits import check_init
 from ..methods import LoraConfig
 from ..ops.support import MAX_RANK
 from .entry import get_peft_model
@@ -22,7 +23,8 @@ from .peft_model import count_parameters
 
 
 def rank_for_share(model: nn.Module, config: LoraConfig, share: float) -> int:
-    """The largest rank with which ``config`` trains at most ``share`` of all parameters.
+    """The largest rank with which ``config`` trains at most ``share`` of all parameters; an even one where the factors begin
+    "orthogonal".
 
     Args:
         model: the base, without adapters; it is not changed.
@@ -36,6 +38,7 @@ def rank_for_share(model: nn.Module, config: LoraConfig, share: float) -> int:
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"share: got {share!r}; accepted is above 0 and below 1")
+    halves_rank = check_init(config.init_lora_weights) == "orthogonal"
     # How factors begin, and how the base is kept, makes no difference to how many there are.
     settings: dict[str, Any] = {"init_lora_weights": True, "eva_config": None, "loftq_config": {}}
     config = dataclasses.replace(config, **settings, quantize=None)
@@ -51,13 +54,18 @@ def rank_for_share(model: nn.Module, config: LoraConfig, share: float) -> int:
             f"share: got {share:.4%}; what trains whatever the rank (modules_to_save, a task's head, biases, rows, ranks of "
             f"rank_pattern) is {fixed / rest:.4%} already. Give a larger share, or train fewer of these"
         )
-    ranks = range(1, MAX_RANK + 1)
-    rank = bisect.bisect_right(ranks, share, key=lambda r: (fixed + r * a_rank) / (rest + r * a_rank))  # fmt: skip
-    if rank < 1:
+
+    def trains(r: int) -> float:
+        return (fixed + r * a_rank) / (rest + r * a_rank)
+
+    first = 2 if halves_rank else 1
+    ranks = range(first, MAX_RANK + 1, first)
+    fitting = bisect.bisect_right(ranks, share, key=trains)
+    if fitting < 1:
         raise ValueError(
-            f"share: got {share:.4%}; rank 1 trains {one / whole:.4%} already; give a larger share, or fewer target_modules"
+            f"share: got {share:.4%}; rank {first} trains {trains(first):.4%} already; give a larger share, or fewer target_modules"
         )
-    return rank
+    return ranks[fitting - 1]
 
 
 def _counted(model: nn.Module, config: LoraConfig) -> tuple[int, int]:

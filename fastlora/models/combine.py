@@ -95,6 +95,7 @@ def add_weighted_adapter(
         use_rslora=False,
         init_lora_weights=True,
         eva_config=None,
+        ensure_weight_tying=any(config.ensure_weight_tying for config in configs),
         target_modules=_targets(model, adapters),
         exclude_modules=None,
         layers_to_transform=None,
@@ -198,9 +199,9 @@ def _fill_layer(
     layer: LoRALayer, adapters: list[str], weights: list[float], new: str, recipe: Recipe
 ) -> None:
     parts = [
-        Part(layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name]), weight)
+        Part(*layer.factors(name), float(layer.scaling[name]), weight)
         for name, weight in zip(adapters, weights, strict=True)
-        if name in layer.r
+        if layer.r.get(name)
     ]
     with torch.no_grad():
         if parts:
@@ -256,7 +257,7 @@ def _sum(kind: str, tensors: list[Tensor], weights: list[float], recipe: Recipe)
 
 def _keep_largest(tensor: Tensor, density: float) -> Tensor:
     keep = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
-    mask = torch.zeros_like(tensor).view(-1)
+    mask = tensor.new_zeros(tensor.numel())
     mask[keep] = 1
     return tensor * mask.view(tensor.shape)
 

@@ -269,6 +269,12 @@ def _check(model: Any, adapter_name: str) -> LoraConfig:
             f"adapter_name: {adapter_name!r} is no adapter with init_lora_weights='eva'; this model has "
             f"{sorted(model.peft_config)}"
         )
+    for name, layer in _layers(model, adapter_name).items():
+        if not layer.is_linear:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} has init_lora_weights='eva' and adapts {_inside(name)!r} "
+                f"({type(layer).__name__}), whose input has no components; accepted are linear modules"
+            )
     model.check_change("initialize_lora_eva_weights")
     return config
 

@@ -447,3 +447,10 @@ def test_saved_modules_with_buffers(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
     stock = peft.PeftModel.from_pretrained(build(), tmp_path)
     torch.testing.assert_close(stock(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [["LORA"], {}, None, 5], ids=str)
+def test_a_method_that_is_no_name_is_refused_by_that_name(kind: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "r": 2}))
+    with pytest.raises(ValueError, match=r"adapter_config.json: peft_type: got .* accepted is"):
+        fastlora.load_adapter(tiny_llama(), tmp_path)

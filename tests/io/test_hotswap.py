@@ -274,6 +274,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "rank": ("lora, parameters", lambda: _changed("lora, parameters", r=5), "prepare_hotswap"),
     "rank of rows": ("lora, embeddings", lambda: _changed("lora, embeddings", r=5), "prepare_hotswap"),
     "other rows": ("lora, rows", lambda: _changed("lora, rows", trainable_token_indices=[1, 2, 3]), "trainable_token_indices"),
+    "rows in another order": ("lora, rows", lambda: _changed("lora, rows", trainable_token_indices=[45, 23, 15]), "trainable_token_indices"),
     "other parameters": ("lora, parameters", lambda: _changed("lora, parameters", target_parameters=["experts.down_proj"]), "target_parameters"),
     "other modules": ("ia3", lambda: fastlora.IA3Config(target_modules=["o_proj"], feedforward_modules=[]), "no place"),
     "another side": ("ia3", lambda: fastlora.IA3Config(target_modules=["k_proj"], feedforward_modules=["k_proj"]), r"accepted is \[16, 1\]"),
@@ -306,6 +307,17 @@ def test_a_refused_swap_changes_nothing(case: str, tmp_path: Path) -> None:
         hotswap_adapter(model, tmp_path)
     assert_unchanged(model, before)
     assert model.peft_config["default"] is told and places(model) == where
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "houlsby", "prompt"])
+def test_a_file_without_tensors_changes_nothing(name: str, tmp_path: Path) -> None:
+    model = METHODS[name].moved()
+    model.save_pretrained(tmp_path)
+    save_file({}, tmp_path / model.peft_config["default"].weights_name)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"has no tensors|lacks 1"):
+        hotswap_adapter(model, tmp_path)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,20 @@ def test_what_cannot_be_merged_writes_nothing(tmp_path: Path) -> None:
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_what_is_merged_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    base = saved(tmp_path / "all")
+    path = adapter(base, tmp_path / "all" / "adapter")
+    for target in (path, tmp_path / "all", tmp_path / "all" / "adapter" / ".." / "adapter"):
+        with pytest.raises(ValueError, match=r"target: .* give another folder"):
+            merge_checkpoint(base, path, target)
+        assert (base / "config.json").is_file() and (path / "adapter_config.json").is_file()
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors: not found"):
+        merge_checkpoint(base, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Every method that is a change of weights.
 
 MERGED = [name for name in IN_PEFT if name not in VIRTUAL]

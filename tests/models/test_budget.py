@@ -44,6 +44,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "experts": (METHODS["lora, parameters"].base, {"target_parameters": ["experts.down_proj"]}),
     "conv1d": (lambda: tiny("gpt2"), {"target_modules": ["c_attn", "c_fc"]}),
     "pissa": (tiny_llama, {**LINEARS, "init_lora_weights": "pissa"}),
+    "tied ends": (lambda: deep(tie_word_embeddings=True), {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+    "layers that occur again": (deep, {**LINEARS, "layer_replication": [[0, 4], [2, 6]]}),
     "ranks that are given": (plain_net, {"target_modules": ["up", "down"], "rank_pattern": {"up": 2}}),
     "plain": (plain_net, {"target_modules": ["up", "embed", "head"], "use_rslora": True}),
 }  # fmt: skip
@@ -70,6 +72,17 @@ def test_a_share_that_is_met_exactly_and_ranks_that_end() -> None:
     exact = share_of(tiny_llama(), 7, LINEARS)
     assert rank_for_share(tiny_llama(), LoraConfig(**LINEARS), exact) == 7
     assert rank_for_share(tiny_llama(), LoraConfig(**LINEARS), 0.999) == 512
+
+
+def test_factors_that_begin_as_halves_get_an_even_rank() -> None:
+    halves = {**LINEARS, "init_lora_weights": "orthogonal"}
+    for odd in (3, 7):
+        share = share_of(tiny_llama(), odd, LINEARS)
+        rank = rank_for_share(tiny_llama(), LoraConfig(**halves), share)
+        assert rank == odd - 1
+        assert share_of(tiny_llama(), rank, halves) < share
+    with pytest.raises(ValueError, match=f"rank 2 trains {share_of(tiny_llama(), 2, LINEARS):.4%}"):
+        rank_for_share(tiny_llama(), LoraConfig(**halves), share_of(tiny_llama(), 1, LINEARS))
 
 
 def test_over_a_base_that_is_in_four_bits_already(tmp_path: Any) -> None:

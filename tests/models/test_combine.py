@@ -14,7 +14,14 @@ from torch import Tensor
 import fastlora
 from fastlora import LoraConfig
 from fastlora.models.combine import COMBINATIONS
-from tests.tiny_models import PlainNet, logits, plain_net, randomize_adapters, some_ids
+from tests.tiny_models import (
+    PlainNet,
+    logits,
+    plain_net,
+    randomize_adapters,
+    some_ids,
+    tiny_llama,
+)
 
 CONFIGS = {
     "a": {"r": 4, "lora_alpha": 8, "target_modules": ["up", "head"]},
@@ -262,3 +269,45 @@ def test_modules_that_one_adapter_leaves_out_have_the_others_update(
     model.add_weighted_adapter(order, [1.0, 1.0], "sum")
     for name in NAMES[:4]:
         torch.testing.assert_close(delta(model, name, "sum"), exact(model, name, order, [1.0, 1.0]), rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_a_slot_for_hot_swapping_counts_with_its_adapters_rank(kind: str) -> None:
+    totals = []
+    for room in (None, 9):
+        model, _ = models()
+        if room is not None:
+            fastlora.prepare_hotswap(model, room, "b")
+        torch.manual_seed(0)
+        model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum", kind, density=0.5)
+        totals.append([delta(model, name, "sum") for name in NAMES])
+    torch.testing.assert_close(*totals, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_ends_that_share_one_adapter_share_the_combination(kind: str) -> None:
+    """ensure_weight_tying, of any of the adapters."""
+    tied: dict[str, Any] = {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True}
+    model = fastlora.get_peft_model(
+        tiny_llama(tie_word_embeddings=True), LoraConfig(r=4, target_modules=["q_proj"]), "a"
+    )
+    for name in ("b", "c"):
+        model.add_adapter(name, LoraConfig(r=4, **tied))
+        model.set_adapter(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.add_weighted_adapter(["a", "b", "c"], [1.0, 0.7, -0.4], "sum", kind, density=0.5)
+    first, last = layer(model, "model.embed_tokens"), layer(model, "lm_head")
+    assert last.lora_embedding_A["sum"] is first.lora_embedding_A["sum"]
+    torch.testing.assert_close(delta(model, "lm_head", "sum"), delta(model, "model.embed_tokens", "sum").t())  # fmt: skip
+    if kind in ("cat", "svd"):
+        names = ["a", "b", "c"]
+        for name in ("lm_head", "model.layers.1.self_attn.q_proj"):
+            wanted = exact(model, name, names, [1.0, 0.7, -0.4])
+            if kind == "svd":
+                u, s, vh = torch.linalg.svd(wanted)
+                wanted = (u[:, :4] * s[:4]) @ vh[:4]
+            torch.testing.assert_close(delta(model, name, "sum"), wanted, rtol=1e-4, atol=1e-5)

@@ -187,6 +187,11 @@ def test_refusals_leave_the_model_as_it_was() -> None:
             model, eva_state_dict={**values, name: values[name][:, :3]}
         )
     assert_unchanged(model, before)
+    rows = fastlora.get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj", "embed_tokens"], init_lora_weights="eva")
+    )
+    with pytest.raises(ValueError, match=r"'model.embed_tokens' \(LoRAEmbedding\)"):
+        fastlora.initialize_lora_eva_weights(rows, batches())
     plain = fastlora.get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="eva"):
         fastlora.initialize_lora_eva_weights(plain, batches())

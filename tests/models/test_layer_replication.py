@@ -12,6 +12,7 @@ import torch
 
 import fastlora
 from fastlora import LoraConfig
+from fastlora.io.merge import merge_checkpoint
 from tests.tiny_models import (
     assert_unchanged,
     logits,
@@ -94,6 +95,36 @@ def test_copies_files_and_merging(tmp_path: Path) -> None:
     q = [layer.self_attn.q_proj.weight for layer in plain.model.layers]
     assert q[0] is not q[2]
     assert plain.model.layers[0].mlp.up_proj.weight is plain.model.layers[2].mlp.up_proj.weight
+    # As the documentation says: a file holds what layers share once for each.
+    plain.save_pretrained(
+        tmp_path / "plain", state_dict={k: v.clone() for k, v in plain.state_dict().items()}
+    )
+    again = type(plain).from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(again, ids), logits(plain, ids))
+
+
+def test_files_with_other_layers_are_no_place_for_the_values(tmp_path: Path) -> None:
+    """As many layers in another order have tensors of the same names and shapes."""
+    model = made()
+    before = snapshot(model)
+    for runs in ([[0, 1], [0, 2], [1, 2]], [[0, 1], [1, 2], [0, 2]], None):
+        made(layer_replication=runs).save_pretrained(tmp_path)
+        for put in (fastlora.load_adapter, fastlora.hotswap_adapter):
+            with pytest.raises(ValueError, match="layer_replication"):
+                put(model, tmp_path)
+            assert_unchanged(model, before)
+    model.save_pretrained(tmp_path)
+    fastlora.load_adapter(model, tmp_path)
+    fastlora.hotswap_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_files_are_not_merged(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    made().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(NotImplementedError, match=r"layer_replication: .* merge_and_unload"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_another_adapter_has_the_same_layers() -> None:

@@ -175,6 +175,10 @@ def test_a_file_with_two_different_adapters_for_one_is_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match="ensure_weight_tying"):
         fastlora.PeftModel.from_pretrained(base, tmp_path)
     assert_unchanged(base, before)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        merge_checkpoint(tmp_path / "base", tmp_path, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
     # As the message says: both as they are.
     file = tmp_path / "adapter_config.json"
     fields = json.loads(file.read_text())
@@ -188,6 +192,72 @@ def test_a_file_with_two_different_adapters_for_one_is_refused(tmp_path: Path) -
     assert torch.equal(
         ends(read)[1].lora_A["default"], tensors["base_model.model.lm_head.lora_A.weight"]
     )
+
+
+def test_values_that_are_not_numbers_are_read_as_they_are(tmp_path: Path) -> None:
+    model = made(ADAPTED)
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].self_attn.q_proj.lora_A["default"][0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    read = fastlora.PeftModel.from_pretrained(tied_llama(), tmp_path)
+    assert read.get_base_model().model.layers[1].self_attn.q_proj.lora_A["default"][0, 0].isnan()
+
+
+@BOTH
+def test_hot_swapped_it_stays_tied(settings: dict[str, Any], tmp_path: Path) -> None:
+    ids, model = some_ids(), made(settings)
+    before = logits(model, ids)
+    other = moved(fastlora.get_peft_model(tied_llama(), config(settings, r=5, lora_alpha=2)), 9)
+    other.save_pretrained(tmp_path)
+    fastlora.prepare_hotswap(model, 6)
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-5)
+    assert_tied(model)
+    where = {name: p.data_ptr() for name, p in model.named_parameters()}
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        fastlora.hotswap_adapter(twin, tmp_path)
+        torch.testing.assert_close(logits(twin, ids), logits(other, ids), rtol=1e-4, atol=1e-5)
+        assert_tied(twin)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == where
+    model.save_pretrained(tmp_path / "again")
+    read = fastlora.PeftModel.from_pretrained(tied_llama(), tmp_path / "again")
+    torch.testing.assert_close(logits(read, ids), logits(other, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_slot_may_be_widened_from_either_end(first: bool) -> None:
+    ids, model = some_ids(), made(ADAPTED)
+    expected = logits(model, ids)
+    for layer in ends(model) if first else reversed(ends(model)):
+        layer.widen_slot("default", 6)
+    assert_tied(model)
+    assert ends(model)[1].lora_A["default"].shape == (6, 32)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [ADAPTED, COPIED])
+def test_a_swap_that_would_untie_them_changes_nothing(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    model, other = made(given), moved(made(given), 9)
+    before = snapshot(model)
+
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            fastlora.hotswap_adapter(model, tmp_path)
+        assert_unchanged(model, before)
+
+    other.save_pretrained(tmp_path)
+    weights, file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors = load_file(weights)
+    head = [key for key in tensors if "lm_head" in key]
+    save_file({**tensors, head[0]: tensors[head[0]] + 1}, weights)
+    refused("ensure_weight_tying")
+    for end in ("lm_head", "embed_tokens"):
+        save_file({key: value for key, value in tensors.items() if end not in key}, weights)
+        refused("ensure_weight_tying")
+    save_file(tensors, weights)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ensure_weight_tying": False}))
+    refused("ensure_weight_tying")
 
 
 @pytest.mark.parametrize(
