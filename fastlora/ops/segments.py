@@ -99,7 +99,7 @@ _FEWEST_FUSED_ROWS = 512  # below, tiles are small, and other kernels or more CT
 # that are added to a tile wait for the factors of every segment it meets. Terms that are more of K do not, but multiply
 # by zeros, the more of them the more segments a tile meets.
 _FEWEST_ROWS_A_SEGMENT = 512
-_FEWEST_SPREAD_ROWS_A_SEGMENT = 64
+_FEWEST_SPREAD_ROWS_A_SEGMENT = 64  # of up to 32 ranks; of more, twice as many
 
 
 def gemm_fit(
@@ -137,7 +137,7 @@ def _linear(
     keep: int,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if _fuses(x, b, _FEWEST_SPREAD_ROWS_A_SEGMENT):
+    if _fuses(x, b, _FEWEST_SPREAD_ROWS_A_SEGMENT * (1 if b.shape[2] <= 32 else 2)):
         made: tuple[Tensor, Tensor] | None = backend_module("triton").segment_linear(
             x, w, a, b, bounds, scalings, scale, rng_state, keep, bias
         )
