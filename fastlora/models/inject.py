@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -31,7 +31,6 @@ from .peft_model import PeftModel
 
 Config = TypeVar("Config", bound=PeftConfig)
 
-STOCK = "peft.get_peft_model, and fastlora.accelerate(model) on the result"
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -63,6 +62,10 @@ class Injection(Generic[Config]):
         active: the adapters that are active in a model that has some: they stay that, and the new one is frozen. None:
             the model has none yet, and the new one acts and trains.
     """
+
+    way_out: ClassVar[str] = (
+        ", or use peft.get_peft_model"  # for a module that the method does not take here
+    )
 
     def __init__(
         self,
@@ -182,7 +185,7 @@ class Injection(Generic[Config]):
             problem = "its weight is sharded already; call get_peft_model before that"
         if problem is not None:
             raise ValueError(
-                f"target_modules: matches {name!r} ({kind}), but {problem}. Exclude it, or use {STOCK}"
+                f"target_modules: matches {name!r} ({kind}), but {problem}. Exclude it{self.way_out}"
             )
 
     def _kinds(self) -> list[str]:

@@ -24,6 +24,8 @@ class BottleneckInjection(WrappingInjection[BottleneckConfig]):
 
     kind = BottleneckLayer
 
+    way_out = ""  # stock peft has no such method
+
     def _resolve(self) -> None:
         config = self.config
         self._places: dict[str, Place] = {}

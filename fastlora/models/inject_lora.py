@@ -52,6 +52,8 @@ _LAYERS: tuple[tuple[Callable[[Any], bool], Callable[..., LoRALayer]], ...] = (
 class LoraInjection(PartsInjection):
     """Low-rank updates at linear modules, and the base in 4 bits where the configuration says so."""
 
+    way_out = ", or use peft.get_peft_model, and fastlora.accelerate(model) on the result"
+
     def _rebuild(self) -> list[Swap]:
         wanted = self.config.layer_replication
         if self._active is not None:

@@ -161,7 +161,10 @@ def test_training_lowers_the_loss_and_leaves_the_base(method: str, autocast: boo
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (fastlora.IA3Config(target_modules=["embed"], feedforward_modules=[]), "embed"),
+        (
+            fastlora.IA3Config(target_modules=["embed"], feedforward_modules=[]),
+            r"embed.*or use peft\.get_peft_model$",  # not fastlora.accelerate, which is for LoRA
+        ),
         (fastlora.IA3Config(target_modules=["nothing"], feedforward_modules=[]), "nothing"),
         (fastlora.IA3Config(), "target_modules: not given"),
         (fastlora.IA3Config(target_modules=["up"]), "feedforward_modules: not given"),
