@@ -145,11 +145,6 @@ def main() -> None:
                 rows, cols = weight.shape
                 norms.row_norms(weight, a[:, :cols], b[:rows], None, 0.5)
                 norms.row_norms(weight, a[:, :cols], b[:rows], None, 0.5, empty(rows))
-                magnitude, norm = empty(cols), empty(cols)
-                for rest in (None, weight, weight[0]):
-                    scale_columns(weight, magnitude, norm, rest)
-                scale_columns_backward(weight, weight, magnitude, norm, True, False)
-                scale_columns_backward(weight, None, magnitude, None, True, True)
         elif op == "nf4":
             for nested, rows in ((0, 16), (256, 64)):
                 weight = codes, scales if nested else scales[1:2], Form(n, k, 64, nested, False)
@@ -185,6 +180,13 @@ def main() -> None:
         else:
             wgrad(x, h, x, h, words, factors, factors, None)
             wgrad(x, h, x, h, None, factors, factors, factors)
+    if op == "norms":  # beside them what no rank is in
+        for z in (x, x[:100, :200]):
+            magnitude, norm = empty(z.shape[1]), empty(z.shape[1])
+            for rest in (None, z, z[0]):
+                scale_columns(z, magnitude, norm, rest)
+            scale_columns_backward(z, z, magnitude, norm, True, False)
+            scale_columns_backward(z, None, magnitude, None, True, True)
     if op == "segments":
         few = x[:32], a, bounds, scalings, 0.5, None, 65536
         segment_down(*few)
