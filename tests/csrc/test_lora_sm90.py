@@ -1,9 +1,5 @@
 """fastlora::_lora_forward_sm90 and _lora_backward_sm90 on a Hopper GPU: exact on integers, against fp64, under stress."""
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import fastlora
 from fastlora import _library, ops, reference, switches
 from fastlora.ops import cuda_backend, support
 from fastlora.testing.compare import assert_accurate
+from tests.compute_sanitizer import output_under
 from tests.csrc.common import matrix, needs_hopper, true_forward
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -310,18 +307,4 @@ def test_bad_arguments_are_refused(call):
 
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck", "initcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("no compute-sanitizer here")
-    path = os.pathsep.join(filter(None, (str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    result = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(PROGRAM)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    told = [line for line in result.stdout.splitlines() if "Host Frame" not in line]
-    assert result.returncode == 0, "\n".join(told)[:3000] + result.stderr[-1000:]
-    assert "ran all" in result.stdout
+    output_under(tool, PROGRAM)
