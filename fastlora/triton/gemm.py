@@ -126,7 +126,7 @@ def _gemm_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RP: tl.constexpr, BE: tl.constexpr,
     SIDE: tl.constexpr, CHUNKS: tl.constexpr, FLAGS: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     W_K_MAJOR: tl.constexpr, EVEN: tl.constexpr, EXTEND: tl.constexpr, LOW_RANK: tl.constexpr, SEGMENTS: tl.constexpr,
-    FLATTEN: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, HALVES: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, HALVES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     launch.enter_chain(CHAIN)
@@ -148,7 +148,12 @@ def _gemm_kernel(
         any_faulty = tl.max(flags, axis=0) > 0
     elif EXTEND:
         steps += tl.cdiv(R, BK)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(
+        tl.program_id(0),
+        tiles_m * tiles_n,
+        tl.num_programs(0),
+        flatten=TMA and not (LOW_RANK or SEGMENTS),
+    ):
         # Tiles in groups of GROUP block rows: what runs at once shares its operands in L2.
         first_m = tile // group_size * GROUP
         height = tl.minimum(tiles_m - first_m, GROUP)
@@ -245,7 +250,6 @@ class GemmTile:
     group: int = 16
     halves: bool = False  # store the tile in two halves (descriptor path)
     br: int = 16  # rank block
-    flatten: bool = False
 
 
 @functools.lru_cache(1024)
@@ -422,7 +426,7 @@ def _run(
             GROUP=tile.group, TMA=tma, W_K_MAJOR=k_major,
             EVEN=m % tile.bm == 0 and n % tile.bn == 0 and k % tile.bk == 0,
             EXTEND=extend, LOW_RANK=low_rank, SEGMENTS=segmented,
-            FLATTEN=tma and not low_rank and (not segmented or tile.flatten), MASK=masked, BIAS=bias is not None,
+            MASK=masked, BIAS=bias is not None,
             FACTOR=factor is not None, HALVES=halves,
             DTYPE=TL_DTYPE[x.dtype], PRECISION=launch.input_precision(x.dtype),
         ),

@@ -7,8 +7,6 @@ masks that fastlora drew; both files, field by field and tensor by tensor; and e
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,15 +37,10 @@ from tests.interop.table import (
 )
 from tests.tiny_zoo import inputs, tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PADDINGS = (None, "right", "left")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def build(library: Any, row: Row) -> Any:

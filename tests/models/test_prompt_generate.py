@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -18,15 +16,10 @@ from tests.tiny_zoo import TASKS
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 DECODERS = ["llama", "gpt2", "bloom", "opt"]
 NEW = 6
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def strengthened(library: Any, method: str, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import fastlora
 from tests.tiny_tokenizer import make_tokenizer
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 IMPORT = "from peft import LoraConfig, get_peft_model, PeftModel"
 SNIPPET = f"""
@@ -74,13 +75,6 @@ batch = tokenizer("to be", return_tensors="pt")
 tokens = loaded.generate(**batch, max_new_tokens=12, do_sample=False)
 """
 QUOTES = ["to be, or not to be", "all the world's a stage", "what's in a name", "now is the winter"]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def tiny_bloom() -> Any:

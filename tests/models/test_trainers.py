@@ -4,8 +4,7 @@ model, unchanged code."""
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,9 @@ from fastlora.layers import LoRAWrapper
 from tests.tiny_models import VOCABULARY, logits, randomize_adapters, some_ids, tiny_llama
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class Tokens(torch.utils.data.Dataset):
