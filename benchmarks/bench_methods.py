@@ -87,7 +87,7 @@ class MethodsBench(Bench):
         weight = ours[LORA].weight
         w = weight.dequantize(self.dtype) if quantized else weight.detach()
         a, b = self.random(RANK, k), self.random(n, RANK)
-        norms = reference.row_norms(w.double(), a.double(), b.double(), None, SCALING)
+        norms, _ = reference.row_norms(w.double(), a.double(), b.double(), None, SCALING)
         magnitude = (norms * self.around_one(n)).to(self.dtype)
 
         case = f"DoRA {'over NF4 ' if quantized else ''}{_direction(train)} {m}x{k}x{n}"

@@ -35,7 +35,7 @@ class Status:
     reason: str
 
 
-ABI = 8  # what the library's ops take and mean; CMakeLists.txt has the same number
+ABI = 9  # what the library's ops take and mean; CMakeLists.txt has the same number
 
 _lock = threading.Lock()
 _status: Status | None = None
@@ -156,6 +156,7 @@ def _load() -> Status:
     torch.library.register_fake("fastlora::_down_sm90", _fake_down)
     torch.library.register_fake("fastlora::_wgrad_sm90", _fake_wgrad)
     torch.library.register_fake("fastlora::_lora_forward_sm90", _fake_lora_forward)
+    torch.library.register_fake("fastlora::_lora_scaled_sm90", _fake_lora_scaled)
     torch.library.register_fake("fastlora::_lora_few_sm90", _fake_lora_few)
     torch.library.register_fake("fastlora::_lora_backward_sm90", _fake_lora_backward)
     torch.library.register_fake("fastlora::_nf4_linear_sm80", _fake_nf4_linear)
@@ -222,6 +223,11 @@ def _fake_wgrad(x, g, dy, h, words, rank, float_a, float_b, bias):  # type: igno
 
 def _fake_lora_forward(x, w, a, *_):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+def _fake_lora_scaled(x, w, a, b, bias, scaling, scale, columns, with_z, config):  # type: ignore[no-untyped-def]
+    y, h = _fake_lora_forward(x, w, a)
+    return y, h, torch.empty_like(y) if with_z else x.new_empty(0)
 
 
 def _fake_lora_few(x, w, a, b, bias, scaling, scale, backward, config):  # type: ignore[no-untyped-def]

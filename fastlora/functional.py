@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops, rng
 from ._autocast import autocast_dtype
-from .autograd import LoraLinearFunction, LoraLinearSegmentsFunction
+from .autograd import DoraLinearFunction, LoraLinearFunction, LoraLinearSegmentsFunction
 from .ops.support import MAX_RANK
 from .quant import NF4Tensor
 from .quant.bitsandbytes import Packed
@@ -110,14 +110,7 @@ def packed_linear(
 ) -> Tensor:
     """``qlora_linear`` over a weight that may be without its module, in a compute dtype that may be told: x is saved as it
     came whatever it is, and y has it."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}; accepted is a torch.Tensor")
-    if x.dtype not in _QUANTIZED_DTYPES:
-        raise ValueError(
-            f"x: got {x.dtype}; accepted beside a 4-bit weight are {', '.join(map(str, _QUANTIZED_DTYPES))}"
-        )
-    dtype = dtype or autocast_dtype(x.device) or x.dtype
-    _check(x, qweight.shape, qweight.device, lora_a, lora_b, scaling, bias, dtype)
+    dtype = _check_packed(x, qweight, lora_a, lora_b, scaling, bias, dtype)
     keep, rng_state = _dropout(dropout_p, training, x)
     y: Tensor = LoraLinearFunction.apply(
         x,
@@ -133,6 +126,56 @@ def packed_linear(
         *qweight.scales,
     )
     return y if x.ndim == 2 else y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    factor: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """bias + c (x W^T + scaling x lora_a^T lora_b^T) of a DoRA adapter without dropout, the scale in the product's own tiles
+    where a kernel does that; arguments and errors as of ``lora_linear`` or ``qlora_linear``.
+
+    Args:
+        magnitude: m [N], trained.
+        norm, factor: ||W + s B A|| by rows and c = magnitude / norm [N], fp32 or fp64, constants.
+    """
+    if isinstance(weight, NF4Tensor):
+        dtype = _check_packed(x, weight, lora_a, lora_b, scaling, bias)
+        base = weight.codes, lora_a, lora_b, scaling, dtype, weight.form, *weight.scales
+    else:
+        dtype = check_lora_linear(x, weight, lora_a, lora_b, scaling, bias)
+        base = weight, lora_a, lora_b, scaling, dtype
+    keep_z = magnitude.requires_grad and torch.is_grad_enabled()
+    y: Tensor = DoraLinearFunction.apply(magnitude, norm, factor, bias, keep_z, x, *base)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check_packed(
+    x: Tensor,
+    qweight: NF4Tensor | Packed,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> torch.dtype:
+    """Raises what ``qlora_linear`` does; the compute dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}; accepted is a torch.Tensor")
+    if x.dtype not in _QUANTIZED_DTYPES:
+        raise ValueError(
+            f"x: got {x.dtype}; accepted beside a 4-bit weight are {', '.join(map(str, _QUANTIZED_DTYPES))}"
+        )
+    dtype = dtype or autocast_dtype(x.device) or x.dtype
+    _check(x, qweight.shape, qweight.device, lora_a, lora_b, scaling, bias, dtype)
+    return dtype
 
 
 def lora_linear_segments(

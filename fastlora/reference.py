@@ -291,16 +291,18 @@ def row_norms(
     scaling: Tensor | None,
     scale: float,
     magnitude: Tensor | None = None,
-) -> Tensor:
-    """||W_n + s B_n A|| of weight [N, K], A [r, K], B [N, r] and s = scale * [scaling]: fp32 [N], fp64 over fp64. With
-    ``magnitude`` [N] what it is over that, zero where that is."""
+) -> tuple[Tensor, Tensor | None]:
+    """||W_n + s B_n A|| of weight [N, K], A [r, K], B [N, r] and s = scale * [scaling]: fp32 [N], fp64 over fp64; and of
+    ``magnitude`` [N] what it is over them, zero where they are."""
     out = torch.promote_types(weight.dtype, torch.float32)
     s = scale if scaling is None else scale * scaling.double()
     a, slabs = lora_a.double(), []
     for w, b in zip(weight.split(1024), lora_b.split(1024), strict=True):
         slabs.append(torch.linalg.vector_norm(w.double() + (b.double() @ a) * s, dim=1).to(out))
     norms = torch.cat(slabs)
-    return norms if magnitude is None else _column_factors(norms, magnitude, norms).to(out)
+    if magnitude is None:
+        return norms, None
+    return norms, _column_factors(norms, magnitude, norms).to(out)
 
 
 def scaled_gemm(

@@ -29,8 +29,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
   m.def(
       "_lora_forward_sm90(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, "
       "float scale, Tensor? rng_state, int keep, int[]? config) -> (Tensor, Tensor)");
-  // the same for few rows, without dropout and for r up to 64; backward x is dy, y dx and h g =
-  // scale [scaling] dy b; config is a FewConfig of few.h
+  // the same without dropout, y = bias + columns o z with a factor for every column, float32 [n],
+  // and z [m, n] = x w^T + h b^T rounded, or shape [0]
+  m.def(
+      "_lora_scaled_sm90(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, "
+      "float scale, Tensor columns, bool with_z, int[]? config) -> (Tensor, Tensor, Tensor)");
+  // as _lora_forward_sm90 for few rows, without dropout and for r up to 64; backward x is dy, y dx
+  // and h g = scale [scaling] dy b; config is a FewConfig of few.h
   m.def(
       "_lora_few_sm90(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, float "
       "scale, bool backward, int[]? config) -> (Tensor, Tensor)");

@@ -1,4 +1,5 @@
-// fastlora::_lora_forward_sm90 and _lora_backward_sm90: checks, allocation, plan, launch.
+// fastlora::_lora_forward_sm90, _lora_scaled_sm90 and _lora_backward_sm90: checks, allocation,
+// plan, launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -114,6 +115,15 @@ struct Call {
     params.keep = static_cast<uint32_t>(keep);
   }
 
+  void add_bias(const OptionalTensor& bias, const Tensor& x) {
+    if (!bias.has_value()) return;
+    check(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 &&
+              bias->size(0) == params.gemm.n && bias->is_contiguous() &&
+              bias->get_device_index() == x.get_device_index(),
+          "_lora_sm90: bias must be a contiguous [n] of x's dtype and device");
+    params.gemm.bias = bias->const_data_ptr();
+  }
+
   void launch(const Tensor& x, const OptionalConfig& config) {
     const int32_t device = x.get_device_index();
     CUstream_st* const stream = current_stream(device);
@@ -161,15 +171,32 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Tenso
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call(x, w, a, b, false, scaling, scale);
   call.drop(rng_state, keep, x);
-  if (bias.has_value()) {
-    check(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 &&
-              bias->size(0) == call.params.gemm.n && bias->is_contiguous() &&
-              bias->get_device_index() == x.get_device_index(),
-          "_lora_sm90: bias must be a contiguous [n] of x's dtype and device");
-    call.params.gemm.bias = bias->const_data_ptr();
-  }
+  call.add_bias(bias, x);
   call.launch(x, config);
   return {call.y, call.h};
+}
+
+// y [m, n], h [m, rank], z [m, n] or shape [0].
+std::tuple<Tensor, Tensor, Tensor> scaled(const Tensor& x, const Tensor& w, const Tensor& a,
+                                          const Tensor& b, OptionalTensor bias,
+                                          OptionalTensor scaling, double scale,
+                                          const Tensor& columns, bool with_z,
+                                          OptionalConfig config) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Call call(x, w, a, b, false, scaling, scale);
+  call.add_bias(bias, x);
+  const int64_t m = call.params.gemm.m, n = call.params.gemm.n;
+  check(columns.scalar_type() == ScalarType::Float && columns.dim() == 1 && columns.size(0) == n &&
+            columns.is_contiguous() && columns.get_device_index() == x.get_device_index(),
+        "_lora_sm90: columns must be a contiguous float32 [n] on x's device");
+  call.params.columns = columns.const_data_ptr<float>();
+  Tensor z = new_empty({0}, x.scalar_type(), x);
+  if (with_z) {
+    z = new_empty({m, n}, x.scalar_type(), x);
+    call.params.z = z.mutable_data_ptr();
+  }
+  call.launch(x, config);
+  return {call.y, call.h, z};
 }
 
 // dX [m, K], dA [rank, K], dB [N, rank], dbias [N]; shape [0] for what was not asked.
@@ -209,6 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
   m.impl("_lora_forward_sm90", TORCH_BOX(&forward));
+  m.impl("_lora_scaled_sm90", TORCH_BOX(&scaled));
   m.impl("_lora_backward_sm90", TORCH_BOX(&backward));
 }
 

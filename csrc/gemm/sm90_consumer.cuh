@@ -275,8 +275,48 @@ struct Consumer {
     }
   }
 
-  // Rounds and stores, each warp its 16 rows x 64 columns at a time: no warp waits for another.
-  // `row`, `col`: where this warpgroup's part starts.
+  // The warp's 16 rows x 64 columns at `row`, `col`, rounded and stored: no warp waits for another.
+  // `value(i)`: the i-th of the thread's 32, four of every 8 columns.
+  template <class Value>
+  __device__ __forceinline__ void store_slab(const CUtensorMap& map, int row, int col,
+                                             Value value) {
+    // Lanes give row lane % 16, and of a pair of 16-byte chunks lane / 16.
+    const uint32_t lane_row = lane % 16 * kRowBytes;
+    if (lane == 0) tma_wait_read<1>();  // the slab was read: only the other one may still be
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        packed[i] = pack<T>(value(4 * c + 2 * i), value(4 * c + 2 * i + 1));
+      }
+      const uint32_t chunk = (c + lane / 16) ^ (lane % 8);  // the 128-byte swizzle
+      stmatrix_x4(staging + slab + lane_row + chunk * 16, packed[0], packed[1], packed[2],
+                  packed[3]);
+    }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) {
+      if (row < args.m && col < args.n) tma_store_2d(&map, staging + slab, col, row);
+      tma_commit();  // also an empty group: the wait above counts
+    }
+    slab ^= kWarpSlabBytes;
+  }
+
+  // `each(j, s, row, col)` for the warp's slabs: s-th 64 columns of wgmma j. `row`, `col`: where
+  // this warpgroup's part of the tile starts.
+  template <class Each>
+  __device__ __forceinline__ void for_slabs(int row, int col, Each each) const {
+#pragma unroll
+    for (int j = 0; j < Tile::kWgmmas; ++j) {
+#pragma unroll
+      for (int s = 0; s < Tile::kGroupN / 64; ++s) {
+        each(j, s, row + 64 * j + 16 * warp, col + 64 * s);
+      }
+    }
+  }
+
   __device__ __forceinline__ void store(const uint32_t (&bias)[Tile::kGroupN / 8], int row,
                                         int col) {
     store(bias, row, col, nullptr);
@@ -287,48 +327,44 @@ struct Consumer {
   template <class More>
   __device__ __forceinline__ void store(const uint32_t (&bias)[Tile::kGroupN / 8], int row, int col,
                                         More more) {
-    // Lanes give row lane % 16, and of a pair of 16-byte chunks lane / 16.
-    const uint32_t lane_row = lane % 16 * kRowBytes;
+    for_slabs(row, col, [&](int j, int s, int to_row, int to_col) {
+      constexpr bool kMore = !std::is_same_v<More, std::nullptr_t>;
+      [[maybe_unused]] float low[32];
+      if constexpr (kMore) more(j, s, low);
+      store_slab(maps.y, to_row, to_col, [&](int i) {
+        const float2 add = unpack<T>(bias[8 * s + i / 4]);
+        float sum = acc[j][32 * s + i] + (i % 2 == 0 ? add.x : add.y);
+        if constexpr (kMore) sum += low[i];
+        return sum;
+      });
+    });
+  }
+
+  // bias + columns o the accumulators; and these themselves where there is a map `z`. Factors and
+  // bias are loaded for 64 columns at a time: there are no registers for more.
+  __device__ __forceinline__ void store_scaled(const float* columns, const CUtensorMap* z, int row,
+                                               int col) {
+    for_slabs(row, col, [&](int j, int s, int to_row, int to_col) {
+      uint32_t bias[8];
+      float2 factor[8];
+      const int first = to_col + lane % 4 * 2;
+      load_bias(bias, args, first);
 #pragma unroll
-    for (int j = 0; j < Tile::kWgmmas; ++j) {
-#pragma unroll
-      for (int s = 0; s < Tile::kGroupN / 64; ++s) {
-        constexpr bool kMore = !std::is_same_v<More, std::nullptr_t>;
-        [[maybe_unused]] float low[32];
-        if constexpr (kMore) more(j, s, low);
-        if (lane == 0) tma_wait_read<1>();  // the slab was read: only the other one may still be
-        __syncwarp();
-#pragma unroll
-        for (int c = 0; c < 8; c += 2) {
-          uint32_t packed[4];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float* const d = acc[j] + 32 * s + 4 * (c + i);
-            const float2 add = unpack<T>(bias[8 * s + c + i]);
-            float sum[4] = {d[0] + add.x, d[1] + add.y, d[2] + add.x, d[3] + add.y};
-            if constexpr (kMore) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) sum[e] += low[4 * (c + i) + e];
-            }
-            packed[2 * i] = pack<T>(sum[0], sum[1]);
-            packed[2 * i + 1] = pack<T>(sum[2], sum[3]);
-          }
-          const uint32_t chunk = (c + lane / 16) ^ (lane % 8);  // the 128-byte swizzle
-          stmatrix_x4(staging + slab + lane_row + chunk * 16, packed[0], packed[1], packed[2],
-                      packed[3]);
+      for (int i = 0; i < 8; ++i) {  // n is a multiple of 8
+        factor[i] = make_float2(0, 0);
+        if (first + 8 * i < args.n) {
+          factor[i] = __ldg(reinterpret_cast<const float2*>(columns + first + 8 * i));
         }
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) {
-          const int to_row = row + 64 * j + 16 * warp, to_col = col + 64 * s;
-          if (to_row < args.m && to_col < args.n) {
-            tma_store_2d(&maps.y, staging + slab, to_col, to_row);
-          }
-          tma_commit();  // also an empty group: the wait above counts
-        }
-        slab ^= kWarpSlabBytes;
       }
-    }
+      if (z != nullptr) {
+        store_slab(*z, to_row, to_col, [&](int i) { return acc[j][32 * s + i]; });
+      }
+      store_slab(maps.y, to_row, to_col, [&](int i) {
+        const float2 add = unpack<T>(bias[i / 4]), by = factor[i / 4];
+        const float value = acc[j][32 * s + i];
+        return i % 2 == 0 ? fmaf(value, by.x, add.x) : fmaf(value, by.y, add.y);
+      });
+    });
   }
 
   __device__ __forceinline__ void run(int cta, int first, int stride) {

@@ -53,6 +53,11 @@ struct LoraParams {
   uint32_t keep = 0;          // of 65536
   uint32_t* words = nullptr;  // LoraSizes.words of memory for the mask
 
+  // Forward without dropout: y = bias + columns o (x W^T + h B^T), and what is scaled where z is
+  // asked for (DoRA, whose magnitudes' gradient needs it).
+  const float* columns = nullptr;  // [n], at a multiple of 8 bytes
+  void* z = nullptr;               // [m, n] of x's type, without gaps, at a multiple of 16
+
   bool one_read = true;  // g and dB of one read of dY, up to 16 ranks
   bool beside = true;    // passes over memory beside the tiles
 

@@ -92,6 +92,8 @@ Plan plan_items(const LoraParams& p, const GemmConfig& config) {
   const int ranks = ranks_at_a_time(gemm.rank);
   args.rank_blocks = static_cast<int>(ceil_div(gemm.rank, ranks));
   args.flags = static_cast<int>(ceil_div(gemm.m, 128));
+  args.columns = p.columns;
+  args.keeps_z = p.z != nullptr;
   for (int i = 0; i < 2; ++i) {
     args.casts[i] = {p.casts[i].from, p.casts[i].to, p.casts[i].elements};
     args.cast_items += static_cast<int>(ceil_div(p.casts[i].elements, sm90::kCastElements));
@@ -197,6 +199,8 @@ LoraMaps encode_lora_maps(const LoraParams& p, const GemmConfig& config) {
                     ? narrow(p.factor, gemm.k, p.factor_pitch)
                     : tensor_map_2d(p.factor, type, gemm.rank, gemm.k, p.factor_pitch, ranks, 64);
   maps.wide[0] = maps.wide[1] = maps.narrow[0] = maps.narrow[1] = maps.factor;  // not read
+  maps.z = maps.gemm.y;
+  if (p.z != nullptr) maps.z = tensor_map_2d(p.z, type, gemm.m, gemm.n, gemm.n, 16, 64);
   if (p.d_b != nullptr) {
     maps.wide[0] = tensor_map_2d(gemm.x, type, gemm.m, gemm.k, gemm.x_pitch, 64, 64);
     maps.narrow[0] = narrow(p.h, gemm.m, p.h_pitch);
@@ -225,6 +229,10 @@ void check_lora(const LoraParams& p, const GemmConfig& config) {
   check(gemm.mask == nullptr, "lora_sm90: takes no mask");
   check(gemm.h_pitch == gemm.rank, "lora_sm90: h must have no gaps");
   check(p.counters != nullptr, "lora_sm90: needs counters");
+  check(p.columns == nullptr || (!gemm.w_mn_major && p.rng_state == nullptr &&
+                                 reinterpret_cast<uintptr_t>(p.columns) % 8 == 0),
+        "lora_sm90: factors of columns are for forward without dropout, at a multiple of 8 bytes");
+  check(p.z == nullptr || p.columns != nullptr, "lora_sm90: z comes with factors of columns");
   const auto aligned = [](const char* name, const void* data, int64_t pitch) {
     check(reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch % 8 == 0, "lora_sm90: ", name,
           " must start at, and have rows apart by, multiples of 16 bytes");

@@ -10,7 +10,8 @@
 // Threads and the ring as in the GEMM; skinny items go through the same ring (sm90_skinny.cuh).
 // With dropout the three warps beside the producer make the mask of x (sm90_words.cuh); it is
 // applied to x on its way to h and dA, and to g A before dX is stored. Without it, backward and up
-// to 16 ranks, they add up the parts of g and dB (sm90_both.cuh). Takes: m >= 1; n, k and rank
+// to 16 ranks, they add up the parts of g and dB (sm90_both.cuh). Forward, y's columns may have
+// factors as it is stored (DoRA). Takes: m >= 1; n, k and rank
 // multiples of 8, rank up to 512 (64 with dropout); kN, 16 or 64, ranks at a time. Shared memory:
 // the GEMM's, the queue's 128 bytes with counts behind it, 512 bytes of ones.
 #pragma once
@@ -169,7 +170,9 @@ __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraAr
     row += consumer.part_row();
     col += consumer.part_col();
     uint32_t bias[Tile::kGroupN / 8] = {};  // dX has none
-    if constexpr (!kBackward) load_bias(bias, args.gemm, col + lane % 4 * 2);
+    if constexpr (!kBackward) {
+      if (args.columns == nullptr) load_bias(bias, args.gemm, col + lane % 4 * 2);
+    }
     if constexpr (kDrop && kBackward) {
       MaskBits<Tile> mask;
       const int mask_row = row + consumer.warp * 16 + lane / 4;
@@ -193,6 +196,12 @@ __device__ __forceinline__ void consume_items(const LoraMaps& maps, const LoraAr
       consumer.rank_steps(true);
       consumer.finish();
       item = queue.template next<true>();  // nothing waits for it while the tile is stored
+      if constexpr (!kBackward && !kDrop) {
+        if (args.columns != nullptr) {
+          consumer.store_scaled(args.columns, args.keeps_z ? &maps.z : nullptr, row, col);
+          continue;
+        }
+      }
       consumer.store(bias, row, col);
     }
   }

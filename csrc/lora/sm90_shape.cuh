@@ -43,6 +43,7 @@ struct LoraMaps {
   CUtensorMap factor;     // of `down`: 64 of k x ranks
   CUtensorMap wide[2];    // of `wgrad`, dY and x: boxes of 64 rows x 64 columns
   CUtensorMap narrow[2];  // h and g: 64 rows x ranks
+  CUtensorMap z;          // as gemm.y
 };
 
 struct LoraCast {
@@ -88,6 +89,8 @@ struct LoraArgs {
   uint32_t* used;
   int64_t used_count;
   LoraDropout dropout;
+  const float* columns;  // factors of y's columns, or null
+  bool keeps_z;          // stores what they multiply
   int rank_blocks;
   int flags;
   bool both;  // g and dB are made of one read of dY

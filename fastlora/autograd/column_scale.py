@@ -1,4 +1,5 @@
-"""y = rest + c * z with one factor per column, and its gradients: DoRA's magnitude (arXiv 2402.09353), (IA)^3's vector.
+"""y = rest + c * z with one factor per column, and its gradients: (IA)^3's vector, and DoRA's magnitude (arXiv 2402.09353)
+where z is no single product: with dropout, with several adapters, over embeddings. (Else it is in dora_linear.py.)
 
     forward   c  = m / norm, or m                y  = rest + c * z
     backward  dz = c * dY                        dm = sum_m dY * z [/ norm]        drest = dY, or its sum over rows
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .lora_linear import as_rows
+from .lora_linear import as_rows, refuse_second_derivative
 
 
 class ColumnScaleFunction(torch.autograd.Function):
@@ -33,10 +34,7 @@ class ColumnScaleFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "DoRA and (IA)^3 have no second derivative here: backward was called with create_graph=True"
-            )
+        refuse_second_derivative("DoRA or (IA)^3")
         (dy,) = grads
         z, magnitude, norm = ctx.saved_tensors
         need_z, need_magnitude, _, need_rest = ctx.needs_input_grad

@@ -22,11 +22,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._autocast import autocast_dtype
-from ..autograd.lora_linear import as_rows, split_scaling
-from ..functional import check_lora_linear
-from ..ops.linear import is_eager
-from ..rng import KEEP_ALL
 
 _SLAB = 1 << 22  # elements of W that are read at once
 # A row is done again where its squared norm is less than this share of what rounding may have put into it.
@@ -89,29 +84,16 @@ def row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> 
         return total.clamp_min(0).sqrt().to(base.dtype)
 
 
-def product_without_gradient(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scaling: float | Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-) -> Tensor | None:
-    """bias + c (W x + s B A x) with the scale in the product's own tiles; None where gradients are asked for, whose magnitude's
-    needs what it multiplies, and where other ways are as fast. Raises as ``fastlora.lora_linear``."""
-    tensors = x, weight, a, b, magnitude, bias
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return None
-    if not is_eager(x) or autocast_dtype(x.device) is not None or weight.dtype != x.dtype:
-        return None
-    if not ops.scales_in_gemm(x.shape[:-1].numel(), x, a.shape[0]):
-        return None
-    rows = as_rows(x, check_lora_linear(x, weight, a, b, scaling, bias))
-    scale, device_scale = split_scaling(scaling, KEEP_ALL)
-    factor = ops.row_norms(weight, a, b, scaling, magnitude)
-    h, _ = ops.down(rows, a, device_scale, scale)
-    return ops.scaled_gemm(rows, weight, h, b, bias, factor).view(*x.shape[:-1], weight.shape[0])
+def column_factors(
+    base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor, magnitude: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``row_norms``, and what ``magnitude`` [N] is over them, zero where they are: two [N] without gradient."""
+    magnitude = magnitude.detach()
+    if a.device.type in ("cuda", "meta"):
+        with torch.no_grad():
+            return ops.column_factors(base.whole(), a.detach(), b.detach(), scaling, magnitude)
+    norms = row_norms(base, a, b, scaling)
+    return norms, torch.where(norms > 0, magnitude.to(norms.dtype) / norms, 0)
 
 
 def exact_row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:

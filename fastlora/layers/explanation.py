@@ -79,14 +79,18 @@ def _line(
     return f"  {op:6} {formula:32} -> {chosen}" + (f"   ({'; '.join(passed)})" if passed else "")
 
 
-def _dora_lines(x: Tensor, rows: int, rank: int, quantized: bool) -> list[str]:
+def _dora_lines(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, over_codes: bool) -> list[str]:
+    rank = a.shape[0]
     norms = "torch  (from W A^T and A A^T; W read once)"
     if x.device.type == "cuda":  # elsewhere layers/dora.py has a way of its own
         norms = f"{support.choose('row_norms', x.device, x.dtype, rank)}  (W read once)"
     scale = support.choose("scale_columns", x.device, x.dtype, 0)
     kept = "in training z is kept where m is trained"
-    if not quantized and scales_in_gemm(rows, x, rank):
-        kept += "; where nothing wants a gradient, in z's own launch"
+    fit = functools.partial(cuda_backend.scaled_fit, x, weight, a, b)
+    if not over_codes and _why_not_whole(x, rank, fit) == "":
+        scale, kept = "cuda", f"in z's own launch; {kept}"
+    elif not over_codes and scales_in_gemm(x.shape[0], x, rank):
+        kept += "; where it is not, in z's own launch"
     return [
         f"  DoRA   n = ||W + s B A|| by rows        -> {norms}",
         f"  DoRA   y = bias + (m / n) z, z below    -> {scale}  ({kept})",
@@ -122,8 +126,6 @@ def explain(layer: Any, x: Tensor) -> str:
     lines += [
         f"{type(layer).__name__}: M={rows} K={k} N={n} r={rank} {x.dtype} on {x.device}{preference}"
     ]
-    if dora:
-        lines += _dora_lines(x, rows, rank, quantized)
     flat, dy = x.reshape(rows, k), x.new_empty(rows, n)
     whole: dict[str, str | None] = {"y": None, "dX": None}  # why not in one launch; "" where it is
     state = x.new_empty(2, dtype=torch.int64) if drops else None
@@ -131,6 +133,9 @@ def explain(layer: Any, x: Tensor) -> str:
     if quantized:
         codes = reads_codes(flat, held.codes, held.scales, held.form, lora_a, lora_b, state)
         dx_codes = dx_reads_codes(dy, held.codes, held.form, lora_a, state)
+    if dora and lora_a is not None and lora_b is not None:
+        lines += _dora_lines(flat, weight, lora_a, lora_b, codes is not None)
+    if quantized:
         takers = [name for name, by in (("y", codes), ("dX", dx_codes)) if by is None]
         if takers:
             lines.append(_line("dequantize", f"W, for {' and again for '.join(takers)}", x, 0))

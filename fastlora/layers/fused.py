@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
 from ..autograd import scale_columns
+from ..functional import dora_linear
 from ..quant import NF4Tensor
 from .base import LoRALayer
-from .dora import product_without_gradient
+from .dora import column_factors
 from .merging import MergeableLayer, Merged, as_parameter
 from .mixed import mixed_linear
 
@@ -63,17 +64,15 @@ class FusedLayer(MergeableLayer, LoRALayer):
     ) -> Tensor:
         """bias + c (W x + s B A x), c = m / ||W + s B A||. With dropout PEFT's W x + bias + (c - 1) W x' + c s B A x' of
         x' = dropout(x), as bias + W (x - x') + c (W x' + s B A x'): one product more than without."""
-        rest = self.bias
-        if self.training and self.lora_dropout[name] > 0:
-            dropped = F.dropout(x, self.lora_dropout[name])
-            rest = self._base(x - dropped, rest)
-            x = dropped
-        magnitude, weight = self.lora_magnitude_vector[name], self._matrix()
-        if rest is self.bias and isinstance(weight, Tensor) and not isinstance(weight, NF4Tensor):
-            y = product_without_gradient(x, weight, a, b, scaling, magnitude, rest)
-            if y is not None:
-                return y
-        z = self._product(x, a, b, scaling, None, 0.0)
+        magnitude = self.lora_magnitude_vector[name]
+        dropout_p = self.lora_dropout[name] if self.training else 0.0
+        if dropout_p == 0:
+            norm, factor = column_factors(self._base_rows(), a, b, scaling, magnitude)
+            columns = magnitude, norm, factor
+            return dora_linear(x, self._matrix(), a, b, scaling, *columns, self.bias)
+        dropped = F.dropout(x, dropout_p)
+        rest = self._base(x - dropped, self.bias)
+        z = self._product(dropped, a, b, scaling, None, 0.0)
         return scale_columns(z, magnitude, self._row_norms(name), rest)
 
     # Merging.

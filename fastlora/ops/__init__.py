@@ -7,11 +7,11 @@ from .bottleneck import (
     bottleneck_up,
     bottleneck_wgrad,
 )
-from .linear import lora_backward, lora_forward
-from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
-from .norms import row_norms
+from .linear import lora_backward, lora_forward, lora_scaled
+from .nf4 import dequantize, nf4_backward, nf4_linear, nf4_scaled, quantize, quantize_scales
+from .norms import column_factors, row_norms
 from .raw import down, gemm, mask, wgrad
-from .scale import scale_columns, scale_columns_backward, scaled_gemm, scales_in_gemm
+from .scale import scale_columns, scale_columns_backward, scaled_gemm
 from .segments import (
     segment_bounds,
     segment_down,
@@ -30,21 +30,23 @@ __all__ = [
     "bottleneck_down_backward",
     "bottleneck_up",
     "bottleneck_wgrad",
+    "column_factors",
     "dequantize",
     "down",
     "gemm",
     "lora_backward",
     "lora_forward",
+    "lora_scaled",
     "mask",
     "nf4_backward",
     "nf4_linear",
+    "nf4_scaled",
     "quantize",
     "quantize_scales",
     "row_norms",
     "scale_columns",
     "scale_columns_backward",
     "scaled_gemm",
-    "scales_in_gemm",
     "segment_bounds",
     "segment_down",
     "segment_gemm",

@@ -373,6 +373,34 @@ def lora_forward(
     return y, h
 
 
+def scaled_fit(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Fit:
+    """How a linear suits csrc/lora where its columns are scaled as they are stored; csrc/few has no such store."""
+    fit = lora_fit(x, w, a, b, None)
+    if _few(x.shape[0], w.shape[0], a.shape[0], False):
+        return Fit(fit.miss, "few rows are csrc/few's, and the scale a pass of its own")
+    return fit
+
+
+def lora_scaled(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    factor: Tensor,
+    with_z: bool,
+    config: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h, z) in one launch; z of shape [0] where it is not asked for. ``config`` as in ``gemm``."""
+    count("lora_scaled", "cuda")
+    run = torch.ops.fastlora._lora_scaled_sm90
+    rest = _bias_like(bias, x), _float32(scaling), scale, factor.contiguous(), with_z, config
+    y, h, z = run(x, w, a, b, *rest)
+    return y, h, z
+
+
 def lora_backward(
     dy: Tensor,
     w: Tensor,

@@ -4,6 +4,8 @@
     backward  g  = s dY B                    dX = dY W + mask * (g A)
               dA = g^T drop(x)               dB = dY^T h                 dbias = sum_m dY
 
+``_lora_scaled``: the forward without dropout and with a factor for every column, DoRA's: y = bias + c * z, z = x W^T + h B^T.
+
 Where csrc/lora or csrc/few suits the problem it is one launch; else it is composed of the ops of raw.py. Private, as those are: the
 public path is ``fastlora.autograd``. An output that was not asked for comes back with shape [0].
 """
@@ -15,12 +17,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..rng import KEEP_ALL
 from . import cuda_backend, raw, support
+from .scale import scale_columns, scaled_gemm, scales_in_gemm
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _library.define(
     "_lora_forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, float scale, "
     "Tensor? rng_state, int keep) -> (Tensor, Tensor)"
+)
+_library.define(
+    "_lora_scaled(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, float scale, "
+    "Tensor factor, bool with_z) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "_lora_backward(Tensor dy, Tensor? w, Tensor? a, Tensor? b, Tensor? x, Tensor? h, Tensor? scaling, "
@@ -69,6 +77,28 @@ def _forward(
         return cuda_backend.lora_forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
     h, _ = raw.down(x, a, scaling, scale, rng_state, keep, 0)
     return raw.gemm(x, w, h, b, bias), h
+
+
+def _scaled(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    factor: Tensor,
+    with_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rank = a.shape[0]
+    if _fuses(x, rank, lambda: cuda_backend.scaled_fit(x, w, a, b)):
+        return cuda_backend.lora_scaled(x, w, a, b, bias, scaling, scale, factor, with_z)
+    nothing = x.new_empty(0)
+    if not with_z and scales_in_gemm(x.shape[0], x, rank):
+        h, _ = raw.down(x, a, scaling, scale)
+        return scaled_gemm(x, w, h, b, bias, factor), h, nothing
+    z, h = lora_forward(x, w, a, b, None, scaling, scale, None, KEEP_ALL)
+    return scale_columns(z, factor, None, bias), h, z if with_z else nothing
 
 
 def _backward(
@@ -130,6 +160,11 @@ def _fake_forward(x, w, a, b, bias, scaling, scale, rng_state, keep):  # type: i
     return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
+def _fake_scaled(x, w, a, b, bias, scaling, scale, factor, with_z):  # type: ignore[no-untyped-def]
+    y, h = _fake_forward(x, w, a, b, bias, scaling, scale, None, KEEP_ALL)
+    return y, h, torch.empty_like(y) if with_z else x.new_empty(0)
+
+
 def _fake_backward(  # type: ignore[no-untyped-def]
     dy, w, a, b, x, h, scaling, scale, rng_state, keep, in_features, dtype_a, dtype_b, dtype_bias
 ):
@@ -145,12 +180,14 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 
 for _name, _kernel, _fake in (
     ("_lora_forward", _forward, _fake_forward),
+    ("_lora_scaled", _scaled, _fake_scaled),
     ("_lora_backward", _backward, _fake_backward),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
 
 _forward_op = torch.ops.fastlora._lora_forward.default
+_scaled_op = torch.ops.fastlora._lora_scaled.default
 _backward_op = torch.ops.fastlora._lora_backward.default
 
 
@@ -170,6 +207,24 @@ def lora_forward(
         return _forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
     y, h = _forward_op(x, w, a, b, bias, scaling, scale, rng_state, keep)
     return y, h
+
+
+def lora_scaled(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    factor: Tensor,
+    with_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y = bias + factor * z [M, N], h [M, r], z = x w^T + h b^T [M, N]) as ``lora_forward`` without dropout; ``factor`` fp32 or
+    fp64 [N]; z has shape [0] where it is not asked for."""
+    run = _scaled if is_eager(x) else _scaled_op
+    y, h, z = run(x, w, a, b, bias, scaling, scale, factor, with_z)
+    return y, h, z
 
 
 def lora_backward(

@@ -18,8 +18,9 @@ from .. import _library, reference
 from ..rng import KEEP_ALL
 from . import cuda_backend, raw, support
 from .linear import _fake_backward as _fake_lora_backward
-from .linear import is_eager, lora_backward, lora_forward
+from .linear import is_eager, lora_backward, lora_forward, lora_scaled
 from .raw import backend_module
+from .scale import scale_columns
 from .support import Form
 
 _ops = torch.library.Library("fastlora", "FRAGMENT")
@@ -32,6 +33,11 @@ _ops.define(
     "_nf4_linear(Tensor x, Tensor codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
     "int nested_block_size, bool fp4, Tensor? a, Tensor? b, Tensor? bias, Tensor? scaling, float scale, "
     "Tensor? rng_state, int keep) -> (Tensor, Tensor)"
+)
+_ops.define(
+    "_nf4_scaled(Tensor x, Tensor codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
+    "int nested_block_size, bool fp4, Tensor a, Tensor b, Tensor? bias, Tensor? scaling, float scale, Tensor factor, "
+    "bool with_z) -> (Tensor, Tensor, Tensor)"
 )
 _ops.define(
     "_nf4_backward(Tensor dy, Tensor? codes, Tensor[] scales, SymInt rows, SymInt cols, int block_size, "
@@ -95,6 +101,34 @@ def _linear(
     if a is None or b is None:
         return raw.gemm(x, w, None, None, bias), x.new_empty(0)
     return lora_forward(x, w, a, b, bias, scaling, scale, rng_state, keep)
+
+
+def _scaled(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    rows: int,
+    cols: int,
+    block_size: int,
+    nested_block_size: int,
+    fp4: bool,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    factor: Tensor,
+    with_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = Form(rows, cols, block_size, nested_block_size, fp4)
+    floats = _floats(scales)
+    reader = reads_codes(x, codes, floats, form, a, b, None)
+    if reader is None:
+        w = dequantize(codes, scales, form, x.dtype)
+        return lora_scaled(x, w, a, b, bias, scaling, scale, factor, with_z)
+    rest = a, b, None, scaling, scale, None, KEEP_ALL
+    z, h = _over_codes(reader, x, codes, floats, form, *rest)
+    return scale_columns(z, factor, None, bias), h, z if with_z else x.new_empty(0)
 
 
 class Reader(NamedTuple):
@@ -282,6 +316,11 @@ def _fake_linear(x, codes, scales, rows, cols, block_size, nested_block_size, fp
     return x.new_empty(x.shape[0], rows), h
 
 
+def _fake_scaled(x, codes, scales, rows, cols, block_size, nested_block_size, fp4, a, *rest):  # type: ignore[no-untyped-def]
+    y, h = x.new_empty(x.shape[0], rows), x.new_empty(x.shape[0], a.shape[0])
+    return y, h, torch.empty_like(y) if rest[-1] else x.new_empty(0)
+
+
 def _fake_backward(  # type: ignore[no-untyped-def]
     dy, codes, scales, rows, cols, block_size, nested_block_size, fp4, a, b, x, h, scaling, scale, rng_state, keep, *dtypes
 ):  # fmt: skip
@@ -293,6 +332,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 for _name, _kernel, _fake in (
     ("_quantize", _quantize, _fake_quantize),
     ("_nf4_linear", _linear, _fake_linear),
+    ("_nf4_scaled", _scaled, _fake_scaled),
     ("_nf4_backward", _backward, _fake_backward),
     ("_dequantize", _dequantize, _fake_dequantize),
 ):
@@ -332,6 +372,25 @@ def nf4_linear(
     run = torch.ops.fastlora._nf4_linear.default
     y, h = run(x, codes, scales, *form, a, b, bias, scaling, scale, rng_state, keep)
     return y, h
+
+
+def nf4_scaled(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    form: Form,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    scale: float,
+    factor: Tensor,
+    with_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``lora_scaled`` over a 4-bit weight: (y, h, z). Where kernels multiply by the codes the scale is a pass of its own."""
+    run = _scaled if is_eager(x) else torch.ops.fastlora._nf4_scaled.default
+    y, h, z = run(x, codes, scales, *form, a, b, bias, scaling, scale, factor, with_z)
+    return y, h, z
 
 
 def nf4_backward(

@@ -132,7 +132,7 @@ def _in_library(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and _library.load(device)
 
 
-def row_norms(weight: Tensor, *rest: Any) -> Tensor:
+def row_norms(weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     """``reference.row_norms``."""
     count("row_norms", "torch")
     with _autocast_off(weight):

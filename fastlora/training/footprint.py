@@ -80,10 +80,11 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
 
     As on GPUs before Hopper, whose kernels read them up to 1024 rows and more: there the estimate is high by this much.
     """
-    if func not in (_own._nf4_linear.default, _own._nf4_backward.default) or args[1] is None:
+    forward = func in (_own._nf4_linear.default, _own._nf4_scaled.default)
+    if not (forward or func is _own._nf4_backward.default) or args[1] is None:
         return 0
     form = Form(*args[3:8])
-    op = "nf4_gemm" if func is _own._nf4_linear.default else "nf4_dx"
+    op = "nf4_gemm" if forward else "nf4_dx"
     reads_codes = triton_codes_fit(op, args[0].shape[0], form) == Fit()
     return 0 if reads_codes else form.rows * form.cols * args[0].element_size()
 
@@ -120,10 +121,12 @@ _OWN_FLOPS: dict[Any, Callable[..., int]] = {
     _own._row_norms.default: lambda w, a, *_: 2 * w.numel() * (a.shape[0] + 1),
     _own._gemm.default: lambda x, w, h, l, *_: _forward(x, w.shape[0], None),
     _own._lora_forward.default: lambda x, w, a, *_: _forward(x, w.shape[0], a),
+    _own._lora_scaled.default: lambda x, w, a, *_: _forward(x, w.shape[0], a),
     _own._lora_backward.default: lambda dy, w, a, b, x, h, *rest: _backward(
         dy, rest[4], w, a, b, x, h
     ),
     _own._nf4_linear.default: lambda x, codes, scales, n, *rest: _forward(x, n, rest[4]),
+    _own._nf4_scaled.default: lambda x, codes, scales, n, *rest: _forward(x, n, rest[4]),
     _own._nf4_backward.default: lambda dy, codes, scales, n, k, *rest: _backward(
         dy, k, codes, *rest[3:7]
     ),

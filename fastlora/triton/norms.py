@@ -54,7 +54,8 @@ def _row_norms_kernel(
 def _root_kernel(
     squares,
     magnitude,
-    out,
+    norms,
+    factors,
     N,
     runs,
     BN: tl.constexpr,
@@ -69,9 +70,10 @@ def _root_kernel(
         total += load_tile(squares, first, col0, runs, N, N, 1, BC, BN, False)
     n = col0 + tl.arange(0, BN)
     norm = tl.sqrt(tl.sum(total, axis=0)).to(tl.float32)
+    tl.store(norms + n, norm, mask=n < N)
     if MAGNITUDE:
-        norm = factor_of(tl.load(magnitude + n, mask=n < N, other=0.0).to(tl.float32), norm)
-    tl.store(out + n, norm, mask=n < N)
+        factor = factor_of(tl.load(magnitude + n, mask=n < N, other=0.0).to(tl.float32), norm)
+        tl.store(factors + n, factor, mask=n < N)
 
 
 def row_norms(
@@ -81,13 +83,14 @@ def row_norms(
     scaling: Tensor | None,
     scale: float,
     magnitude: Tensor | None = None,
-) -> Tensor:
-    """``reference.row_norms`` on Triton: weight [N, K] of any strides, A [r, K], B [N, r] -> fp32 [N]."""
+) -> tuple[Tensor, Tensor | None]:
+    """``reference.row_norms`` on Triton: weight [N, K] of any strides, A [r, K], B [N, r] -> fp32 [N], twice."""
     n, k = weight.shape
-    out = torch.empty(n, dtype=torch.float32, device=weight.device)
+    norms = torch.empty(n, dtype=torch.float32, device=weight.device)
+    factors = None if magnitude is None else torch.empty_like(norms)
     count("row_norms", "triton")
     if n == 0 or k == 0:
-        return out.zero_()
+        return norms.zero_(), None if factors is None else factors.zero_()
     rank = lora_a.shape[0]
     bn, bk, br = 16, 128, launch.pick(rank, (16, 32))
     wanted = launch.cdiv(
@@ -112,7 +115,8 @@ def row_norms(
         4,
         3 if rank <= 64 else 1,  # what is loaded ahead is as long as the rank
     )  # fmt: skip
-    arguments = squares, None if magnitude is None else magnitude.contiguous(), out, n, runs
+    held = None if magnitude is None else magnitude.contiguous()
+    arguments = squares, held, norms, factors, n, runs
     constants = dict(BN=32, BC=16, MAGNITUDE=magnitude is not None)
     launch.run(_root_kernel, (launch.cdiv(n, 32),), weight.device, arguments, constants, 2, 1)
-    return out
+    return norms, factors

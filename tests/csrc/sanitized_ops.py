@@ -44,6 +44,9 @@ def run(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
     for drop in (None, state) if r <= 64 else (None,):
         _, h = ops._lora_forward_sm90(x, w, a, b, bias, None, 0.5, drop, KEEP, None)
         ops._lora_backward_sm90(dy, w, a, b, x, h, None, 0.5, drop, KEEP, True, True, None)
+    columns = torch.rand(n, device="cuda")
+    for with_z in (True, False):
+        ops._lora_scaled_sm90(x, w, a, b, bias, None, 0.5, columns, with_z, None)
 
 
 def run_nf4(m: int, n: int, k: int, dtype: torch.dtype) -> None:

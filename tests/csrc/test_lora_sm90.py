@@ -1,4 +1,4 @@
-"""fastlora::_lora_forward_sm90 and _lora_backward_sm90 on a Hopper GPU: exact on integers, against fp64, under stress."""
+"""fastlora::_lora_forward_sm90, _lora_scaled_sm90 and _lora_backward_sm90 on a Hopper GPU: exact on integers, against fp64, under stress."""
 
 from pathlib import Path
 
@@ -101,6 +101,67 @@ def test_dropped_integers_are_exact(shape, factors, keep):
     assert torch.equal(d_a, (g.double().t() @ dropped.double()).to(factors))
     assert torch.equal(d_b, (dy.double().t() @ h.double()).to(factors))
     assert torch.equal(d_bias, dy.double().sum(0).to(BF16))
+
+
+def scaled(x, w, a, b, bias, columns, with_z=True, config=None, scaling=None, scale=0.5):
+    config = None if config is None else list(config)
+    run = torch.ops.fastlora._lora_scaled_sm90
+    return run(x, w, a, b, bias, scaling, scale, columns, with_z, config)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("factors", [BF16, FP32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scaled_integers_are_exact(shape, factors, config):
+    x, w, a, b, bias, *_ = problem(*shape, factors=factors, integers=True)
+    columns = torch.randint(-4, 5, (shape[1],), device="cuda").float()
+    z_true, h_true = true_forward(x, w, a, b, None, 0.5, BF16)
+    for more in (bias, None):
+        y_true = z_true * columns.double() + (0 if more is None else more.double())
+        y, h, z = scaled(x, w, a, b, more, columns, config=config)
+        assert torch.equal(h, h_true) and torch.equal(z, z_true.to(BF16))
+        assert torch.equal(y, y_true.to(BF16))
+        alone, _, nothing = scaled(x, w, a, b, more, columns, with_z=False, config=config)
+        assert torch.equal(alone, y) and nothing.shape == (0,)
+
+
+def test_a_scaled_column_of_infinities_stays_alone():
+    x, w, a, b, bias, *_ = problem(300, 520, 264, 16, integers=True)
+    columns = torch.ones(520, device="cuda")
+    usual, _, _ = scaled(x, w, a, b, bias, columns)
+    columns[77], columns[519] = torch.inf, torch.nan
+    y, _, z = scaled(x, w, a, b, bias, columns)
+    others = torch.ones(520, dtype=torch.bool, device="cuda")
+    others[77] = others[519] = False
+    assert torch.equal(y[:, others], usual[:, others]) and bool(z.isfinite().all())
+    assert not y[:, ~others].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("shape", [SHAPES[4], (8192, 4096, 4096, 16)])
+def test_scaled_no_worse_than_twice_torchs_error(shape, dtype):
+    x, w, a, b, bias, *_ = problem(*shape, dtype=dtype)
+    columns = torch.rand(shape[1], device="cuda") + 0.5
+    y, h, z = scaled(x, w, a, b, bias, columns)
+    for _ in range(20):
+        assert all(map(torch.equal, scaled(x, w, a, b, bias, columns), (y, h, z)))
+    z_true, _ = true_forward(x, w, a, b, None, 0.5, torch.float64)
+    torchs = reference.gemm(x, w, h, b, None)
+    assert_accurate("z", z, torchs, z_true)
+    y_true = z_true * columns.double() + bias.double()
+    assert_accurate("y", y, reference.scale_columns(torchs, columns, None, bias), y_true)
+
+
+def test_bad_factors_of_columns_are_refused():
+    x, w, a, b, bias, *_ = problem(64, 128, 72, 16)
+    good = torch.ones(128, device="cuda")
+    scaled(x, w, a, b, bias, good)
+    for wrong in (good[:-8], good.half(), good[None], good.cpu(), torch.ones(256, device="cuda")[::2]):  # fmt: skip
+        with pytest.raises((ValueError, RuntimeError), match="columns must be"):
+            scaled(x, w, a, b, bias, wrong)
+    odd = torch.ones(129, device="cuda")[1:]
+    with pytest.raises((ValueError, RuntimeError), match="multiple of 8 bytes"):
+        scaled(x, w, a, b, bias, odd)
 
 
 @pytest.mark.parametrize("step", ["one_read", "beside", "beside, one_read"])

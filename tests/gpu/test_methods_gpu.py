@@ -30,9 +30,9 @@ def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
-def dora(linear: type[Any]) -> Any:
+def dora(linear: type[Any], k: int = K, n: int = N) -> Any:
     torch.manual_seed(0)
-    base = torch.nn.Linear(K, N, device="cuda", dtype=BF16)
+    base = torch.nn.Linear(k, n, device="cuda", dtype=BF16)
     layer = linear.from_linear(base, r=R, use_dora=True)
     with torch.no_grad():
         layer.lora_B["default"].normal_(std=0.05)
@@ -41,11 +41,31 @@ def dora(linear: type[Any]) -> Any:
 
 
 @pytest.mark.parametrize("linear", [LoRALinear, QLoRALinear])
-def test_dora(linear: type[Any]) -> None:
-    layer = dora(linear)
+def test_dora_of_many_rows_is_scaled_as_the_product_is_stored(linear: type[Any]) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("csrc/lora is for compute capability 9.0")
+    layer, x = dora(linear, 512, 2048), torch.randn(4096, 512, device="cuda").to(BF16)
+    magnitude = layer.lora_magnitude_vector["default"]
+    for grad, trained in ((True, True), (True, False), (False, True)):
+        magnitude.requires_grad_(trained)
+        fastlora.reset_launches()
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        ran = fastlora.launches()
+        assert ran["lora_scaled", "cuda"] == 1 and ("scale_columns", "triton") not in ran
+        if grad:
+            y.sum().backward()
+            assert (magnitude.grad is not None) == trained
+        magnitude.grad = None
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(M, K, N), (4100, 512, 2048)])
+@pytest.mark.parametrize("linear", [LoRALinear, QLoRALinear])
+def test_dora(linear: type[Any], m: int, k: int, n: int) -> None:
+    layer = dora(linear, k, n)
     names = ("lora_A", "lora_B", "lora_magnitude_vector")
     factors = [getattr(layer, name)["default"] for name in names]
-    x = torch.randn(M, K, device="cuda").to(BF16).requires_grad_()
+    x = torch.randn(m, k, device="cuda").to(BF16).requires_grad_()
     weight = layer.weight.dequantize(BF16) if linear is QLoRALinear else layer.weight.detach()
     fastlora.reset_launches()
     got = gradients(layer(x), [x, *factors])
