@@ -82,7 +82,9 @@ def _line(
 def _dora_lines(x: Tensor, rows: int, rank: int, quantized: bool) -> list[str]:
     norms = "torch  (from W A^T and A A^T; W read once)"
     if x.device.type == "cuda":  # elsewhere layers/dora.py has a way of its own
-        norms = f"{support.choose('row_norms', x.device, x.dtype, rank)}  (W read once)"
+        op, dtype = ("nf4_row_norms", torch.float32) if quantized else ("row_norms", x.dtype)
+        read = "its codes read once" if quantized else "W read once"
+        norms = f"{support.choose(op, x.device, dtype, rank)}  ({read})"
     scale = support.choose("scale_columns", x.device, x.dtype, 0)
     kept = "in training z is kept where m is trained"
     if not quantized and scales_in_gemm(rows, x, rank):

@@ -9,7 +9,7 @@ from .bottleneck import (
 )
 from .linear import lora_backward, lora_forward
 from .nf4 import dequantize, nf4_backward, nf4_linear, quantize, quantize_scales
-from .norms import row_norms
+from .norms import nf4_row_norms, row_norms
 from .raw import down, gemm, mask, wgrad
 from .scale import scale_columns, scale_columns_backward, scaled_gemm, scales_in_gemm
 from .segments import (
@@ -38,6 +38,7 @@ __all__ = [
     "mask",
     "nf4_backward",
     "nf4_linear",
+    "nf4_row_norms",
     "quantize",
     "quantize_scales",
     "row_norms",

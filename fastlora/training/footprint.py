@@ -118,6 +118,9 @@ _OWN_FLOPS: dict[Any, Callable[..., int]] = {
     _own._bottleneck_up.default: lambda h, l, *_: 2 * h.numel() * l.shape[0],
     _own._bottleneck_wgrad.default: lambda x, g, dy, h, *_: _wgrad(x, g, dy, h),
     _own._row_norms.default: lambda w, a, *_: 2 * w.numel() * (a.shape[0] + 1),
+    _own._nf4_row_norms.default: lambda codes, scales, n, k, *rest: (
+        2 * n * k * (rest[3].shape[0] + 1)
+    ),
     _own._gemm.default: lambda x, w, h, l, *_: _forward(x, w.shape[0], None),
     _own._lora_forward.default: lambda x, w, a, *_: _forward(x, w.shape[0], a),
     _own._lora_backward.default: lambda dy, w, a, b, x, h, *rest: _backward(

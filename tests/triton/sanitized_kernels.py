@@ -42,6 +42,8 @@ def columns(m: int, n: int, k: int, r: int, factors: torch.dtype) -> None:
     a, b = randn(r, k, dtype=factors), randn(n, r, dtype=factors)
     magnitude = randn(n, dtype=FP32)
     norm = ops.row_norms(w, a, b, 0.5)
+    q = fastlora.NF4Tensor.quantize(w, 64)
+    ops.nf4_row_norms(q.codes, q.scales, q.form, a, b, 0.5)
     factor = ops.row_norms(w, a, b, torch.tensor(0.5, device=DEVICE), magnitude)
     for rest in (None, z[0], z):
         ops.scale_columns(z, magnitude, norm, rest)
