@@ -1,7 +1,7 @@
 """DoRA (arXiv 2402.09353): W' = m * (W + s B A) / ||W + s B A||, a magnitude m [N] and a direction by rows.
 
-On CUDA the norms are one kernel's (``ops.row_norms``), which makes each tile of s B A where it adds it to W's. Elsewhere the norm of
-row n comes from the factors,
+On CUDA the norms are one kernel's (``ops.row_norms``, of a 4-bit W ``ops.nf4_row_norms``), which makes each tile of s B A where it
+adds it to W's. Elsewhere the norm of row n comes from the factors,
 
     ||W_n + s B_n A||^2 = ||W_n||^2 + 2 s (W A^T)_n . B_n + s^2 B_n (A A^T) B_n^T
 
@@ -16,6 +16,7 @@ on: version counters do not see writes through ``.data``, and FSDP keeps them as
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,12 +33,12 @@ _ROWS = 256
 
 class BaseRows(NamedTuple):
     """A base weight [N, K] to be read by rows: ``reader()`` is a function of a slice or of indices that gives floats in
-    ``dtype``; ``whole()`` is all of it, in floats of any dtype."""
+    ``dtype``; ``norms(A, B, s, m)`` is the op that reads all of it at once, for ||W_n + s B_n A|| and what m is over them [N]."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
     reader: Callable[[], Callable[[slice | Tensor], Tensor]]
-    whole: Callable[[], Tensor]
+    norms: Callable[[Tensor, Tensor, float | Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
     def slabs(self) -> list[slice]:
         n, k = self.shape
@@ -50,7 +51,8 @@ def rows_of(weight: Tensor) -> BaseRows:
     weight = weight.detach()
     dtype = torch.promote_types(weight.dtype, torch.float32)
     n, k = weight.shape
-    return BaseRows((n, k), dtype, lambda: lambda rows: weight[rows].to(dtype), lambda: weight)
+    norms = partial(ops.row_norms, weight)
+    return BaseRows((n, k), dtype, lambda: lambda rows: weight[rows].to(dtype), norms)
 
 
 def row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def row_norms(base: BaseRows, a: Tensor, b: Tensor, scaling: float | Tensor) -> 
     # One kernel, which makes each tile of s B A where it adds it to W's; meta, which has shapes alone, does as CUDA.
     if a.device.type in ("cuda", "meta"):
         with torch.no_grad():
-            return ops.row_norms(base.whole(), a, b, scaling)
+            return base.norms(a, b, scaling, None)[0]
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         read = base.reader()
         squares, products = _read_once(base, read, a)
@@ -91,7 +93,7 @@ def column_factors(
     magnitude = magnitude.detach()
     if a.device.type in ("cuda", "meta"):
         with torch.no_grad():
-            return ops.column_factors(base.whole(), a.detach(), b.detach(), scaling, magnitude)
+            return base.norms(a.detach(), b.detach(), scaling, magnitude)
     norms = row_norms(base, a, b, scaling)
     return norms, torch.where(norms > 0, magnitude.to(norms.dtype) / norms, 0)
 

@@ -79,11 +79,15 @@ def _line(
     return f"  {op:6} {formula:32} -> {chosen}" + (f"   ({'; '.join(passed)})" if passed else "")
 
 
-def _dora_lines(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, over_codes: bool) -> list[str]:
+def _dora_lines(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, quantized: bool, over_codes: bool
+) -> list[str]:
     rank = a.shape[0]
     norms = "torch  (from W A^T and A A^T; W read once)"
     if x.device.type == "cuda":  # elsewhere layers/dora.py has a way of its own
-        norms = f"{support.choose('row_norms', x.device, x.dtype, rank)}  (W read once)"
+        op, dtype = ("nf4_row_norms", torch.float32) if quantized else ("row_norms", x.dtype)
+        read = "its codes read once" if quantized else "W read once"
+        norms = f"{support.choose(op, x.device, dtype, rank)}  ({read})"
     scale = support.choose("scale_columns", x.device, x.dtype, 0)
     kept = "in training z is kept where m is trained"
     fit = functools.partial(cuda_backend.scaled_fit, x, weight, a, b)
@@ -134,7 +138,7 @@ def explain(layer: Any, x: Tensor) -> str:
         codes = reads_codes(flat, held.codes, held.scales, held.form, lora_a, lora_b, state)
         dx_codes = dx_reads_codes(dy, held.codes, held.form, lora_a, state)
     if dora and lora_a is not None and lora_b is not None:
-        lines += _dora_lines(flat, weight, lora_a, lora_b, codes is not None)
+        lines += _dora_lines(flat, weight, lora_a, lora_b, quantized, codes is not None)
     if quantized:
         takers = [name for name, by in (("y", codes), ("dX", dx_codes)) if by is None]
         if takers:

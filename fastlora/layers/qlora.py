@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..functional import qlora_linear
 from ..quant import NF4Tensor
 from .base import LoRALayer
@@ -203,12 +205,12 @@ class QLoRALinear(FusedLayer):
         return self.weight.device, self.weight.dtype
 
     def _base_rows(self) -> BaseRows:
-        shape = self.out_features, self.in_features
+        shape, weight = (self.out_features, self.in_features), self.weight
         return BaseRows(
             shape,
             torch.float32,
-            lambda: self.weight.row_reader(torch.float32),
-            lambda: self.weight.dequantize(torch.float32),
+            lambda: weight.row_reader(torch.float32),
+            partial(ops.nf4_row_norms, weight.codes, weight.scales, weight.form),
         )
 
     def _product(

@@ -9,7 +9,7 @@ from .bottleneck import (
 )
 from .linear import lora_backward, lora_forward, lora_scaled
 from .nf4 import dequantize, nf4_backward, nf4_linear, nf4_scaled, quantize, quantize_scales
-from .norms import column_factors, row_norms
+from .norms import nf4_row_norms, row_norms
 from .raw import down, gemm, mask, wgrad
 from .scale import scale_columns, scale_columns_backward, scaled_gemm
 from .segments import (
@@ -30,7 +30,6 @@ __all__ = [
     "bottleneck_down_backward",
     "bottleneck_up",
     "bottleneck_wgrad",
-    "column_factors",
     "dequantize",
     "down",
     "gemm",
@@ -40,6 +39,7 @@ __all__ = [
     "mask",
     "nf4_backward",
     "nf4_linear",
+    "nf4_row_norms",
     "nf4_scaled",
     "quantize",
     "quantize_scales",

@@ -86,7 +86,16 @@ def _segment_wgrad(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.T
 
 def _row_norms(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
     truth, _ = reference.row_norms(w.double(), a.double(), b.double(), None, 0.5)
-    return _error(norms.row_norms(w, a, b, 0.5), truth)
+    return _error(norms.row_norms(w, a, b, 0.5)[0], truth)
+
+
+def _nf4_row_norms(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    codes, absmax = reference.quantize_nf4(w, 64)
+    n, k = w.shape
+    form = support.Form(n, k, 64, 0, False)
+    wide = reference.dequantize_nf4(codes, absmax, (n, k), 64, torch.float32)
+    truth, _ = reference.row_norms(wide.double(), a.double(), b.double(), None, 0.5)
+    return _error(norms.nf4_row_norms(codes, (absmax,), form, a, b, 0.5)[0], truth)
 
 
 def _scale_columns(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
@@ -144,6 +153,7 @@ _CHECKS = {
     "segment_up": _segment_up,
     "segment_wgrad": _segment_wgrad,
     "row_norms": _row_norms,
+    "nf4_row_norms": _nf4_row_norms,
     "scale_columns": _scale_columns,
     "scale_columns_backward": _scale_columns_backward,
     "scaled_gemm": _scaled_gemm,

@@ -20,7 +20,7 @@ import torch
 from .. import _library, switches
 
 SEGMENT_OPS = ("segment_bounds", "segment_down", "segment_up", "segment_wgrad")
-DORA_OPS = ("row_norms", "scale_columns", "scale_columns_backward", "scaled_gemm")
+DORA_OPS = ("row_norms", "nf4_row_norms", "scale_columns", "scale_columns_backward", "scaled_gemm")
 BOTTLENECK_OPS = ("bottleneck_down", "bottleneck_down_backward", "bottleneck_up")
 OPS = (
     *("mask", "down", "gemm", "wgrad", "quantize", "dequantize"),

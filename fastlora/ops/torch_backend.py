@@ -139,6 +139,15 @@ def row_norms(weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
         return reference.row_norms(weight, *rest)
 
 
+def nf4_row_norms(
+    codes: Tensor, scales: Sequence[Tensor], form: Form, *rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``reference.row_norms`` of the weight in fp32."""
+    count("nf4_row_norms", "torch")
+    with _autocast_off(codes):
+        return reference.row_norms(dequantize(codes, scales, form, torch.float32), *rest)
+
+
 def scaled_gemm(x: Tensor, *rest: Any) -> Tensor:
     """``reference.scaled_gemm``."""
     count("scaled_gemm", "torch")

@@ -76,17 +76,29 @@ class Footprint(TorchDispatchMode):
 
 
 def _workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes of the 4-bit weight in floats that a product makes for itself, where no kernel reads the codes of so many rows.
+    """Bytes that an op makes for itself: g [M, r] in a backward, and of a 4-bit weight its floats, where no kernel reads the
+    codes of so many rows.
 
-    As on GPUs before Hopper, whose kernels read them up to 1024 rows and more: there the estimate is high by this much.
+    Those as on GPUs before Hopper, whose kernels read them up to 1024 rows and more: there the estimate is high by this much.
     """
-    forward = func in (_own._nf4_linear.default, _own._nf4_scaled.default)
-    if not (forward or func is _own._nf4_backward.default) or args[1] is None:
-        return 0
-    form = Form(*args[3:8])
-    op = "nf4_gemm" if forward else "nf4_dx"
-    reads_codes = triton_codes_fit(op, args[0].shape[0], form) == Fit()
-    return 0 if reads_codes else form.rows * form.cols * args[0].element_size()
+    total = 0
+    if func in _BACKWARDS:
+        b = args[_BACKWARDS[func]]
+        total += 0 if b is None else args[0].shape[0] * b.shape[1] * args[0].element_size()
+    op = _OVER_CODES.get(func)
+    if op is not None and args[1] is not None:
+        form = Form(*args[3:8])
+        if triton_codes_fit(op, args[0].shape[0], form) != Fit():
+            total += form.rows * form.cols * args[0].element_size()
+    return total
+
+
+_BACKWARDS = {_own._lora_backward.default: 3, _own._nf4_backward.default: 9}  # where B stands
+_OVER_CODES = {
+    _own._nf4_linear.default: "nf4_gemm",
+    _own._nf4_scaled.default: "nf4_gemm",
+    _own._nf4_backward.default: "nf4_dx",
+}
 
 
 def _forward(x: Tensor, n: int, a: Tensor | None) -> int:
@@ -119,6 +131,9 @@ _OWN_FLOPS: dict[Any, Callable[..., int]] = {
     _own._bottleneck_up.default: lambda h, l, *_: 2 * h.numel() * l.shape[0],
     _own._bottleneck_wgrad.default: lambda x, g, dy, h, *_: _wgrad(x, g, dy, h),
     _own._row_norms.default: lambda w, a, *_: 2 * w.numel() * (a.shape[0] + 1),
+    _own._nf4_row_norms.default: lambda codes, scales, n, k, *rest: (
+        2 * n * k * (rest[3].shape[0] + 1)
+    ),
     _own._gemm.default: lambda x, w, h, l, *_: _forward(x, w.shape[0], None),
     _own._lora_forward.default: lambda x, w, a, *_: _forward(x, w.shape[0], a),
     _own._lora_scaled.default: lambda x, w, a, *_: _forward(x, w.shape[0], a),

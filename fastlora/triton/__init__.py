@@ -8,7 +8,7 @@ from .gemm import gemm, scaled_gemm, segment_gemm
 from .mask import mask
 from .nf4 import dequantize, quantize
 from .nf4_linear import dx as nf4_dx
-from .norms import row_norms
+from .norms import nf4_row_norms, row_norms
 from .scale import scale_columns, scale_columns_backward
 from .segment_wgrad import wgrad as segment_wgrad
 from .segments import down as segment_down
@@ -26,6 +26,7 @@ __all__ = [
     "mask",
     "nf4_dx",
     "nf4_linear",
+    "nf4_row_norms",
     "quantize",
     "row_norms",
     "scale_columns",

@@ -5,6 +5,9 @@
 
 Both are bound by memory: a program takes a run of elements, whatever the weight's shape. The 16 values and 15 bounds are
 read through the L1 cache.
+
+Kernels that need W by tiles (nf4_linear.py, norms.py) decode them themselves: a byte's halves are neighbours in a row, and
+their values come from 16 in shared memory (all in banks of their own, so that no lookup waits for another; pairs would).
 """
 
 from __future__ import annotations
@@ -63,6 +66,45 @@ def _dequantize_kernel(
     element = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
     made = tl.interleave(high, low).to(out.dtype.element_ty)
     tl.store(out + element, made, mask=element < n)
+
+
+@triton.jit
+def load_codes(
+    codes, row0, col0, N, pitch,
+    ROWS: tl.constexpr, COLS: tl.constexpr, ODD: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The bytes of a [ROWS, COLS] tile of W, whose rows are 2 * pitch elements long, and one more if ODD: every other row then
+    begins with the low half of a byte, and a byte of the tile is made of the halves of two."""
+    n = row0 + tl.arange(0, ROWS)
+    byte = col0 // 2 + tl.arange(0, COLS // 2)
+    here = codes + n.to(tl.int64)[:, None] * pitch + byte[None, :]
+    if EVEN:
+        return tl.load(here)
+    there = (n < N)[:, None] & (byte < pitch)[None, :]
+    if ODD:
+        here += (n // 2)[:, None]
+        first = tl.load(here, mask=(n < N)[:, None] & (byte <= pitch)[None, :], other=0)
+        split = (n % 2 == 1)[:, None]
+        second = tl.load(here + 1, mask=there & split, other=0)
+        return tl.where(split, (first << 4) | (second >> 4), first)
+    return tl.load(here, mask=there, other=0)
+
+
+@triton.jit
+def load_scales(
+    absmax, nested_absmax, row0, col0, N, K,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """What is held for the scales of a tile's groups, zero past the edges: codes and their blocks' scales if NESTED."""
+    n = row0 + tl.arange(0, ROWS)
+    col = col0 + tl.arange(0, GROUPS) * GROUP
+    block = (n.to(tl.int64)[:, None] * K + col[None, :]) // BLOCK_SIZE
+    there = (n < N)[:, None] & (col < K)[None, :]
+    held = tl.load(absmax + block, mask=there, other=0)
+    if NESTED > 0:
+        return held, tl.load(nested_absmax + block // NESTED, mask=there, other=0)
+    else:
+        return held, held
 
 
 @triton.jit

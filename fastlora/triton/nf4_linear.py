@@ -3,10 +3,9 @@
     forward  y  = x W^T + bias + h B^T
     dx       dX = dY W + g A
 
-A program makes BM x BN of the result. On each of its steps along the contraction it decodes a tile of W: a byte's halves
-are neighbours in a row, their values come from 16 in shared memory (all in banks of their own, so that no lookup waits for
-another; pairs would), and value * scale is rounded once. So what is multiplied is the dequantised weight, bit for bit. Few
-rows leave SMs idle: then the contraction is cut into runs, whose fp32 partial results are summed in order by a second kernel.
+A program makes BM x BN of the result. On each of its steps along the contraction it decodes a tile of W, and rounds value *
+scale once. So what is multiplied is the dequantised weight, bit for bit. Few rows leave SMs idle: then the contraction is
+cut into runs, whose fp32 partial results are summed in order by a second kernel.
 """
 
 from __future__ import annotations
@@ -27,37 +26,7 @@ from . import launch
 from .dot import dot_add, lost_bits
 from .down import sum_splits
 from .gemm import TL_DTYPE, add_low_rank, load_tile
-from .nf4 import scale_of, values
-
-
-@triton.jit
-def _load_codes(
-    codes, row0, col0, N, pitch, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr
-):
-    """The bytes of a [ROWS, COLS] tile of W."""
-    n = row0 + tl.arange(0, ROWS)
-    byte = col0 // 2 + tl.arange(0, COLS // 2)
-    here = codes + n.to(tl.int64)[:, None] * pitch + byte[None, :]
-    if EVEN:
-        return tl.load(here)
-    return tl.load(here, mask=(n < N)[:, None] & (byte < pitch)[None, :], other=0)
-
-
-@triton.jit
-def _load_scales(
-    absmax, nested_absmax, row0, col0, N, K,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr,
-):  # fmt: skip
-    """What is held for the scales of a tile's groups, zero past the edges: codes and their blocks' scales if NESTED."""
-    n = row0 + tl.arange(0, ROWS)
-    col = col0 + tl.arange(0, GROUPS) * GROUP
-    block = (n.to(tl.int64)[:, None] * K + col[None, :]) // BLOCK_SIZE
-    there = (n < N)[:, None] & (col < K)[None, :]
-    held = tl.load(absmax + block, mask=there, other=0)
-    if NESTED > 0:
-        return held, tl.load(nested_absmax + block // NESTED, mask=there, other=0)
-    else:
-        return held, held
+from .nf4 import load_codes, load_scales, scale_of, values
 
 
 @triton.jit
@@ -109,18 +78,18 @@ def _linear_kernel(
     if RP > 0:
         h_tile = load_tile(h, row0, 0, M, rank, stride_hm, stride_hr, BM, BR, False)
         l_tile = load_tile(l, 0, col0, rank, wide, stride_lr, stride_ln, BR, BN, False).to(DTYPE)
-    held, outer = _load_scales(absmax, nested_absmax, top + begin * DOWN, left + begin * RIGHT, N, K,
-                               ROWS, GROUPS, GROUP, BLOCK_SIZE, NESTED)  # fmt: skip
+    held, outer = load_scales(absmax, nested_absmax, top + begin * DOWN, left + begin * RIGHT, N, K,
+                              ROWS, GROUPS, GROUP, BLOCK_SIZE, NESTED)  # fmt: skip
     scale = scale_of(held, outer, nested_code, offset, NESTED, ROUND)
     acc = tl.zeros((BM, BN), tl.float32)
     lost = lost_bits(acc, DTYPE)
     for step in range(begin, end):
         x_tile = load_tile(x, row0, step * BK, M, long, stride_xm, stride_xk, BM, BK, False)
-        packed = _load_codes(
-            codes, top + step * DOWN, left + step * RIGHT, N, pitch, ROWS, COLS, EVEN
+        packed = load_codes(
+            codes, top + step * DOWN, left + step * RIGHT, N, pitch, ROWS, COLS, False, EVEN
         )
-        held, outer = _load_scales(absmax, nested_absmax, top + (step + 1) * DOWN, left + (step + 1) * RIGHT, N, K,
-                                   ROWS, GROUPS, GROUP, BLOCK_SIZE, NESTED)  # fmt: skip
+        held, outer = load_scales(absmax, nested_absmax, top + (step + 1) * DOWN, left + (step + 1) * RIGHT, N, K,
+                                  ROWS, GROUPS, GROUP, BLOCK_SIZE, NESTED)  # fmt: skip
         w_tile = _decode(packed, scale, table, ROWS, COLS, GROUPS, GROUP, DTYPE)
         if not OVER_ROWS:
             w_tile = w_tile.T

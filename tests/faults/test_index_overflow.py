@@ -71,9 +71,11 @@ def test_grid_of_scales_norms_and_bottlenecks(grids, m, n):
     scale.scale_columns(z, row, None, None)
     scale.scale_columns_backward(z, z, row, None, True, True)
     norms.row_norms(z, zeros(4, n), zeros(m, 4), None, 1.0)
+    codes, form = torch.zeros(1, dtype=torch.uint8), ops.Form(m, n, 64, 0, False)
+    norms.nf4_row_norms(codes, [z], form, zeros(4, n), zeros(m, 4), None, 1.0)
     bottleneck.bottleneck_down(z, zeros(4, n), row[:4], "relu", True)
     bottleneck.bottleneck_up(zeros(m, 4), zeros(n, 4), row, z)
-    assert len(grids) >= 5
+    assert len(grids) >= 7
 
 
 # ---- on a GPU ---------------------------------------------------------------------------------------------
@@ -156,6 +158,26 @@ def test_dropout_over_a_very_long_row():
     x, w, a, b = operands(2, 2**27 + 8, 1, 1, BF16, "cuda")
     y, dx, *_ = step(x, torch.zeros_like(w), a, b, dropout_p=0.5)
     assert torch.isfinite(y).all() and 0.45 < (dx == 0).float().mean() < 0.55
+
+
+@pytest.mark.huge
+@pytest.mark.parametrize("k", [2**15 + 64, 2**15 + 65])
+def test_norms_of_a_four_bit_weight_beyond_two_to_the_31_elements(k):
+    """Rows before the 2^31st element and behind it, which with an odd length begin with either half of a byte."""
+    norms = importlib.import_module("fastlora.triton.norms")
+    n = 2**16 + 72
+    assert n * k > 2**31
+    codes = torch.randint(0, 256, ((n * k + 1) // 2,), dtype=torch.uint8, device="cuda")
+    absmax = torch.rand(-(-n * k // 64), device="cuda") + 0.5
+    a, b = torch.randn(4, k, device="cuda"), torch.randn(n, 4, device="cuda")
+    got, _ = norms.nf4_row_norms(codes, [absmax], ops.Form(n, k, 64, 0, False), a, b, None, 0.5)
+    for first in (0, 2**31 // k // 64 * 64, n - 72):  # whole blocks and bytes lie before these rows
+        at, rows = first * k, 72
+        end = at + rows * k
+        part = codes[at // 2 : (end + 1) // 2], absmax[at // 64 : -(-end // 64)]
+        w = reference.dequantize_nf4(*part, (rows, k), 64, torch.float32)
+        true, _ = reference.row_norms(w.double(), a.double(), b[first : first + rows].double(), None, 0.5)  # fmt: skip
+        torch.testing.assert_close(got[first : first + rows].double(), true, rtol=1e-6, atol=0)
 
 
 @pytest.mark.huge

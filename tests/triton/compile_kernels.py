@@ -145,6 +145,9 @@ def main() -> None:
                 rows, cols = weight.shape
                 norms.row_norms(weight, a[:, :cols], b[:rows], None, 0.5)
                 norms.row_norms(weight, a[:, :cols], b[:rows], None, 0.5, empty(rows))
+            for nested, cols in ((0, k), (256, k), (0, 4098), (256, 4097)):
+                weight = codes, scales if nested else scales[1:2], Form(n, cols, 64, nested, False)
+                norms.nf4_row_norms(*weight, empty(r, cols, dtype=factors), b, None, 0.5)
         elif op == "nf4":
             for nested, rows in ((0, 16), (256, 64)):
                 weight = codes, scales if nested else scales[1:2], Form(n, k, 64, nested, False)

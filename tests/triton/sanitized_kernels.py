@@ -41,8 +41,10 @@ def columns(m: int, n: int, k: int, r: int, factors: torch.dtype) -> None:
     x, w, z = randn(m, k), randn(n, k), randn(m, n)
     a, b = randn(r, k, dtype=factors), randn(n, r, dtype=factors)
     magnitude = randn(n, dtype=FP32)
-    ops.row_norms(w, a, b, 0.5)
-    norm, factor = ops.column_factors(w, a, b, torch.tensor(0.5, device=DEVICE), magnitude)
+    q = fastlora.NF4Tensor.quantize(w, 64)
+    ops.nf4_row_norms(q.codes, q.scales, q.form, a, b, 0.5)
+    scaling = torch.tensor(0.5, device=DEVICE)
+    norm, factor = ops.row_norms(w, a, b, scaling, magnitude)
     for rest in (None, z[0], z):
         ops.scale_columns(z, magnitude, norm, rest)
     ops.scale_columns_backward(z, z, magnitude, norm, True, True)
