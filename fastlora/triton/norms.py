@@ -39,9 +39,8 @@ class _Tile(NamedTuple):
 
 _FLOATS = _Tile(16, 128, 4)
 _CODES = _Tile(16, 128, 4)
-_CODES_OF_MANY_SCALES = _Tile(
-    16, 64, 4
-)  # a few elements each, whose addresses would fill the registers
+# Where a scale is for a few elements: the addresses of so many would fill the registers.
+_CODES_OF_MANY_SCALES = _Tile(16, 64, 4)
 
 
 @triton.jit

@@ -136,9 +136,10 @@ def test_operations_are_those_counted_by_hand(model_dir: Path) -> None:
     again = per_token(gradient_checkpointing=True) - per_token()
     # up to what backward needs first: the last product of a layer is not made again
     assert again == pytest.approx(base + factors + scores * 2, rel=0.15)
-    assert per_token(method="dora") == pytest.approx(
-        lora + sum(2 * n * k * 5 for n, k in linears) / (2 * tokens), rel=1e-9
-    )  # s B A once a step
+    for method in ("dora", "qdora"):
+        assert per_token(method=method) == pytest.approx(
+            lora + sum(2 * n * k * 5 for n, k in linears) / (2 * tokens), rel=1e-9
+        )  # s B A once a step
     norms = 2 * (base + head) + scores * 2 * 7 // 2  # the first one is below every linear
     assert per_token(method="ln_tuning") == pytest.approx(norms, rel=1e-9)
     # Four bottlenecks of width 2, the first behind an attention that needs no backward: down, up, and

@@ -70,6 +70,9 @@ def test_dora(linear: type[Any], m: int, k: int, n: int) -> None:
     fastlora.reset_launches()
     got = gradients(layer(x), [x, *factors])
     assert "torch" not in launched()
+    four_bits = linear is QLoRALinear
+    assert ("nf4_row_norms" if four_bits else "row_norms", "triton") in fastlora.launches()
+    assert ("its codes read once" in fastlora.explain(layer, x)) == four_bits
     results = []
     for dtype in (BF16, torch.float64):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *factors)]

@@ -7,6 +7,7 @@ from fastlora import NF4Tensor, QLoRALinear
 from fastlora.autograd import ColumnScaleFunction
 from fastlora.layers import dora as dora_module
 from fastlora.layers.dora import exact_row_norms, row_norms, rows_of
+from fastlora.training.footprint import Footprint
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 N, K, R = 24, 40, 4
@@ -109,6 +110,17 @@ def test_norms_over_four_bits(shape, double_quant, block_size, monkeypatch):
     layer = QLoRALinear.from_quantized(q, r=None)
     got = row_norms(layer._base_rows(), a, b, 0.5)
     torch.testing.assert_close(got.double(), exact_norms(whole, a, b, 0.5), rtol=1e-6, atol=0)
+
+
+def test_norms_over_four_bits_make_nothing_of_the_weights_size_for_a_kernel():
+    """On the meta device, which stands for CUDA: what an estimate of memory sees."""
+    q = NF4Tensor.empty((4096, 512), BF16, device="meta")
+    a, b = (torch.empty(shape, device="meta") for shape in ((R, 512), (4096, R)))
+    layer, step = QLoRALinear.from_quantized(q, r=None), Footprint("meta")
+    with step:
+        norms = row_norms(layer._base_rows(), a, b, 0.5)
+    assert norms.shape == (4096,) and norms.dtype == FP32
+    assert 0 < step.peak < q.nbytes / 10 and step.flops == 2 * 4096 * 512 * (R + 1)
 
 
 # The column scale.
