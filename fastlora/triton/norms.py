@@ -26,7 +26,7 @@ from .gemm import load_tile
 from .nf4 import load_codes, load_scales, scale_of, values
 from .scale import factor_of
 
-_PROGRAMS_A_MULTIPROCESSOR = 8
+_PROGRAMS_A_MULTIPROCESSOR = 16
 
 
 class _Tile(NamedTuple):
@@ -37,8 +37,8 @@ class _Tile(NamedTuple):
     warps: int
 
 
-_FLOATS = _Tile(16, 128, 4)
-_CODES = _Tile(16, 128, 4)
+_FLOATS = _Tile(32, 128, 4)
+_CODES = _Tile(32, 128, 4)
 # Where a scale is for a few elements: the addresses of so many would fill the registers.
 _CODES_OF_MANY_SCALES = _Tile(16, 64, 4)
 

@@ -226,7 +226,7 @@ def test_no_four_bit_rows_and_no_columns():
 
 def test_four_bits_with_a_magnitude_the_factor_of_each_row():
     w, a, b = operands(40, 70, 3)
-    w[:6], b[:6] = 0, 0  # 420 zeros, of whose blocks of 60 seven are whole
+    w[:6], b[:6] = 0, 0
     q = in_four_bits(w, 32, False)
     magnitude = torch.randn(80, device=DEVICE)[::2]
     length, got = four_bit_norms(q, a, b, None, 0.5, magnitude)

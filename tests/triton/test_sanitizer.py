@@ -33,4 +33,5 @@ def test_the_program_launches_what_it_is_for():
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
-    assert all(f"'{op}'" in output_under(tool, PROGRAM) for op in OPS)
+    told = output_under(tool, PROGRAM)
+    assert all(f"'{op}'" in told for op in OPS), told
