@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -135,16 +136,16 @@ def dora_linear(
     lora_b: Tensor,
     scaling: float | Tensor,
     magnitude: Tensor,
-    norm: Tensor,
-    factor: Tensor,
+    columns: Callable[[], tuple[Tensor, Tensor]],
     bias: Tensor | None,
 ) -> Tensor:
     """bias + c (x W^T + scaling x lora_a^T lora_b^T) of a DoRA adapter without dropout, the scale in the product's own tiles
     where a kernel does that; arguments and errors as of ``lora_linear`` or ``qlora_linear``.
 
     Args:
-        magnitude: m [N], trained.
-        norm, factor: ||W + s B A|| by rows and c = magnitude / norm [N], fp32 or fp64, constants.
+        magnitude: m [N].
+        columns: makes ||W + s B A|| by rows and c = magnitude / norm, two [N] in fp32 or fp64, which are constants; called once
+            all arguments are checked.
     """
     if isinstance(weight, NF4Tensor):
         dtype = _check_packed(x, weight, lora_a, lora_b, scaling, bias)
@@ -152,6 +153,11 @@ def dora_linear(
     else:
         dtype = check_lora_linear(x, weight, lora_a, lora_b, scaling, bias)
         base = weight, lora_a, lora_b, scaling, dtype
+    if magnitude.shape != weight.shape[:1]:
+        raise ValueError(
+            f"magnitude: got shape {tuple(magnitude.shape)}; accepted is [{weight.shape[0]}]"
+        )
+    norm, factor = columns()
     keep_z = magnitude.requires_grad and torch.is_grad_enabled()
     y: Tensor = DoraLinearFunction.apply(magnitude, norm, factor, bias, keep_z, x, *base)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])

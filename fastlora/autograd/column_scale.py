@@ -27,10 +27,11 @@ class ColumnScaleFunction(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, magnitude: Tensor, norm: Tensor | None, rest: Tensor | None
     ) -> Tensor:
+        ctx.shape = z.shape
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, magnitude, norm)
         ctx.rest_like = None if rest is None else (rest.ndim, rest.dtype)
         more = rest if rest is None or rest.ndim == 1 else as_rows(rest, rest.dtype)
-        return ops.scale_columns(as_rows(z, z.dtype), magnitude, norm, more).view(z.shape)
+        return ops.scale_columns(as_rows(z, z.dtype), magnitude, norm, more)  # viewed outside
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,9 +45,9 @@ class ColumnScaleFunction(torch.autograd.Function):
         )  # fmt: skip
         d_rest = None
         if need_rest:
-            d_rest = (dy if by_row else sums).to(ctx.rest_like[1])
+            d_rest = (dy.view(ctx.shape) if by_row else sums).to(ctx.rest_like[1])
         return (
-            dz.view(dy.shape) if need_z else None,
+            dz.view(ctx.shape) if need_z else None,
             d_magnitude if need_magnitude else None,
             None,
             d_rest,
@@ -67,4 +68,4 @@ def scale_columns(
         accepted = ", ".join(map(str, magnitude.shape))
         raise ValueError(f"x: got shape {tuple(z.shape)}; accepted is [..., {accepted}]")
     y: Tensor = ColumnScaleFunction.apply(z, magnitude, norm, rest)
-    return y
+    return y if z.ndim == 2 else y.view(z.shape)

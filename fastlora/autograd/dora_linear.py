@@ -5,7 +5,7 @@
               and dX, dA, dB of dz, as of a LoRA linear (lora_linear.py)
 
 The norm is a constant here, as in the paper (section 4.3). Saved: what a LoRA linear saves, m and norm [N], and where m is
-trained z [M, N] in the compute dtype: that is what DoRA keeps beyond LoRA. Where a norm is zero, c is zero: a row of zeros
+trained z [M, N] in the compute dtype: that is what DoRA keeps beyond LoRA. (They and dY live until its backward ends.) Where a norm is zero, c is zero: a row of zeros
 has no direction to scale.
 """
 

@@ -67,9 +67,8 @@ class FusedLayer(MergeableLayer, LoRALayer):
         magnitude = self.lora_magnitude_vector[name]
         dropout_p = self.lora_dropout[name] if self.training else 0.0
         if dropout_p == 0:
-            norm, factor = column_factors(self._base_rows(), a, b, scaling, magnitude)
-            columns = magnitude, norm, factor
-            return dora_linear(x, self._matrix(), a, b, scaling, *columns, self.bias)
+            columns = lambda: column_factors(self._base_rows(), a, b, scaling, magnitude)  # noqa: E731
+            return dora_linear(x, self._matrix(), a, b, scaling, magnitude, columns, self.bias)
         dropped = F.dropout(x, dropout_p)
         rest = self._base(x - dropped, self.bias)
         z = self._product(dropped, a, b, scaling, None, 0.0)

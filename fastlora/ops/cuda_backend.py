@@ -396,7 +396,8 @@ def lora_scaled(
     """(y, h, z) in one launch; z of shape [0] where it is not asked for. ``config`` as in ``gemm``."""
     count("lora_scaled", "cuda")
     run = torch.ops.fastlora._lora_scaled_sm90
-    rest = _bias_like(bias, x), _float32(scaling), scale, factor.contiguous(), with_z, config
+    columns = factor.float().contiguous()  # fp64 over a base in fp64 that autocast made 16 bits
+    rest = _bias_like(bias, x), _float32(scaling), scale, columns, with_z, config
     y, h, z = run(x, w, a, b, *rest)
     return y, h, z
 

@@ -36,6 +36,10 @@ class _Tile(NamedTuple):
     bk: int
     warps: int
 
+    def of(self, rank: int) -> _Tile:
+        """More than 32 ranks are several products, whose tiles of A and B would fill the registers."""
+        return self if rank <= 32 else self._replace(bk=64)
+
 
 _FLOATS = _Tile(32, 128, 4)
 _CODES = _Tile(32, 128, 4)
@@ -159,7 +163,8 @@ def row_norms(
     count("row_norms", "triton")
     held = weight, *(None,) * 5
     read = dict(BLOCK_SIZE=0, GROUP=0, NESTED=0)
-    return _run(held, weight.stride(), read, _FLOATS, lora_a, lora_b, scaling, scale, magnitude)
+    tile = _FLOATS.of(lora_a.shape[0])
+    return _run(held, weight.stride(), read, tile, lora_a, lora_b, scaling, scale, magnitude)
 
 
 def nf4_row_norms(
@@ -176,7 +181,7 @@ def nf4_row_norms(
     count("nf4_row_norms", "triton")
     held = codes, values(codes.device, form.fp4), scales[0], *(scales[1:] or (None,) * 3)
     group = math.gcd(form.cols, form.block_size)
-    tile = _CODES if group >= 16 else _CODES_OF_MANY_SCALES
+    tile = (_CODES if group >= 16 else _CODES_OF_MANY_SCALES).of(lora_a.shape[0])
     read = dict(
         BLOCK_SIZE=form.block_size, GROUP=min(tile.bk, group), NESTED=form.nested_block_size
     )

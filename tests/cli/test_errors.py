@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
         result = finetune_cli(*arguments, **files)
         assert result.exit_code == 2, (arguments, result.output)
         assert message in result.stderr, (arguments, result.stderr)
-        assert result.stderr.count("error:") == 1
+        assert len(re.findall("^error:", result.stderr, re.MULTILINE)) == 1
         assert "Traceback" not in result.output
         assert not (tmp_path / "run").exists(), arguments
     for missing in ("--model", "--data"):

@@ -159,7 +159,8 @@ def test_time_is_operations_over_the_rate(model_dir: Path) -> None:
     assert made.step_seconds == pytest.approx(4 * 64 / made.tokens_per_second)
     assert (made.steps, made.seconds) == (None, None)
     elsewhere = estimate(run(model_dir, seq_length=64), card=80.0)
-    assert elsewhere.tokens_per_second is None  # whose card?
+    if not torch.cuda.is_available():
+        assert elsewhere.tokens_per_second is None  # whose card?
     assert elsewhere.dtype == "bfloat16"
     here = estimate(run(model_dir, seq_length=64))
     if not torch.cuda.is_available():
@@ -307,7 +308,7 @@ def test_the_command(fastlora_cli: Any, model_dir: Path, text_file: Path) -> Non
         assert text in result.stdout
     tight = fastlora_cli(*options, "--card", 0.76)
     assert "does not fit" in tight.stdout
-    assert "not known: give --gpu" in tight.stdout
+    assert ("not known: give --gpu" in tight.stdout) == (not torch.cuda.is_available())
     result = fastlora_cli(
         *options, "--data", text_file, "--epochs", 2, "--tokens-per-second", 100, "--json"
     )

@@ -107,7 +107,9 @@ def test_each_method_trains_and_what_it_leaves_loads(
     assert held_out_loss(elsewhere, finetune_config(output)) == pytest.approx(after, rel=2e-5)
     if method in ADAPTERS and "quantize" not in METHODS[method].fixed:
         options = ("generate", "--model", model_dir, "--adapter", output / "adapter")
-        told = fastlora_cli(*options, *("--prompt", "When", "--greedy", "--json", "-n", 6))
+        told = fastlora_cli(
+            *options, *("--prompt", "When", "--greedy", "--json", "-n", 6, "--device", "cpu")
+        )
         assert told.exit_code == 0, told.output
         assert json.loads(told.stdout)["adapter"] == greedy(elsewhere, model_dir, "When", 6)
     check_resumes(train, output, method)

@@ -84,6 +84,19 @@ def test_dora(linear: type[Any], m: int, k: int, n: int) -> None:
         assert_accurate(name, ours, torchs, truth)
 
 
+def test_dora_over_fp64_that_autocast_makes_16_bits() -> None:
+    """Its norms are fp64; the kernels' factors are fp32."""
+    layer = dora(LoRALinear, 512, 2048).double()
+    x = torch.randn(4096, 512, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == BF16
+    m, s = layer.lora_magnitude_vector["default"], layer.scaling["default"]
+    factors = layer.lora_A["default"], layer.lora_B["default"], m
+    true = reference.dora_linear(x.double(), layer.weight, *[t.double() for t in factors], s, layer.bias)  # fmt: skip
+    assert (y.double() - true).norm() < 0.01 * true.norm()
+
+
 def test_dora_in_a_graph_follows_its_factors() -> None:
     """The rows whose norm is done again are chosen on the device."""
     layer, x = dora(LoRALinear), torch.randn(M, K, device="cuda").to(BF16)

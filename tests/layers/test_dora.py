@@ -410,6 +410,43 @@ def test_rows_of_a_wrong_width_are_refused_in_the_scaled_product_too(device, mon
         layer(torch.randn(3, width, device=device).to(FP16))
 
 
+@pytest.mark.parametrize("kind", [LoRALinear, QLoRALinear])
+@pytest.mark.parametrize(
+    ("wrong", "change", "message"),
+    [
+        ("lora_A", lambda t: t[:, :-1], "lora_a: got shape"),
+        ("lora_B", lambda t: t[:-1], "lora_b: got shape"),
+        ("lora_magnitude_vector", lambda t: t[:1], "magnitude: got shape"),
+        ("lora_magnitude_vector", lambda t: t[:, None], "magnitude: got shape"),
+        ("scaling", lambda s: torch.full((N,), s), "scaling: got a tensor of shape"),
+    ],
+)
+def test_wrong_shapes_are_named_before_anything_is_computed(kind, wrong, change, message, device, monkeypatch):  # fmt: skip
+    layer = trained(kind, k=64).to(device)
+    held = getattr(layer, wrong)
+    made = change(held["default"])
+    held["default"] = nn.Parameter(made.detach().clone()) if wrong != "scaling" else made.to(device)
+    monkeypatch.setattr(fused, "column_factors", lambda *args: pytest.fail("reads W"))
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(3, 64, device=device))
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, QLoRALinear])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])
+def test_the_caller_may_change_y_in_place(kind, dropout, shape, device):
+    layer, x = trained(kind, k=64, lora_dropout=dropout).to(device).train(), torch.randn(shape)
+    grads = []
+    for in_place in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(3)
+        y = layer(x.to(device))
+        y = y.mul_(2) if in_place else y * 2
+        y.square().sum().backward()
+        grads.append([p.grad.clone() for p in layer.adapter_parameters("default")])
+    assert all(map(torch.equal, *grads))
+
+
 def test_explain_names_the_norm_and_the_scale(monkeypatch):
     lines = fastlora.explain(trained(), torch.randn(5, K)).splitlines()
     assert [line.split()[0] for line in lines].count("DoRA") == 2

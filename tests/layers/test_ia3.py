@@ -227,3 +227,13 @@ def test_tuned_norm_switches_copies_and_merges() -> None:
         layer.set_adapter(["default", "other"])
     layer.enable_adapters(False)
     assert torch.equal(layer(x), norm(x))
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+def test_what_is_scaled_may_be_changed_in_place(shape):
+    z, m = torch.randn(shape), torch.randn(8, requires_grad=True)
+    y = scale(z, m)
+    y += 1
+    y.square().sum().backward()
+    want = (2 * (z * m.detach() + 1) * z).flatten(0, -2).sum(0)
+    torch.testing.assert_close(m.grad, want)
