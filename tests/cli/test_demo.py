@@ -165,7 +165,12 @@ def test_the_whole_demo_on_a_small_model(
             capture_output=True,
             text=True,
             timeout=150,
-            env={"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""},
+            env={
+                "PYTHONPATH": str(SCRIPT.parents[1]),
+                "OMP_NUM_THREADS": "1",
+                "PATH": "",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
         )
         assert done.returncode == 0, done.stdout + done.stderr
     assert f"on cpu, {method or 'qlora'} r=16" in done.stdout
