@@ -26,13 +26,14 @@ def _factor(layer: Any, name: str, adapter: str) -> Tensor | None:
 
 class _Parts(NamedTuple):
     """Of a fastlora layer or a PEFT ``lora.Linear``: the weight [N, K] (4-bit ones have a form), the active adapter's A and
-    B, whether its low-rank path drops, and whether it is DoRA."""
+    B, whether its low-rank path drops, whether it is DoRA, and whether that drops x for base and update alike."""
 
     weight: Any
     a: Tensor | None = None
     b: Tensor | None = None
     drops: bool = False
     dora: bool = False
+    dora_drops: bool = False
 
 
 def _tensors(layer: Any) -> _Parts:
@@ -59,10 +60,8 @@ def _tensors(layer: Any) -> _Parts:
     drop = dropout[active[0]] if active[0] in dropout else 0.0  # noqa: SIM401 (PEFT's ModuleDict has no get)
     drops = getattr(drop, "p", drop if isinstance(drop, float) else 0.0) > 0 and layer.training
     factors = _factor(layer, "lora_A", active[0]), _factor(layer, "lora_B", active[0])
-    if active[0] in getattr(
-        layer, "lora_magnitude_vector", ()
-    ):  # drops x for base and update alike
-        return _Parts(weight, *factors, False, True)
+    if active[0] in getattr(layer, "lora_magnitude_vector", ()):
+        return _Parts(weight, *factors, False, True, drops)
     return _Parts(weight, *factors, drops)
 
 
@@ -80,7 +79,7 @@ def _line(
 
 
 def _dora_lines(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, quantized: bool, over_codes: bool
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, quantized: bool, apart: bool
 ) -> list[str]:
     rank = a.shape[0]
     norms = "torch  (from W A^T and A A^T; W read once)"
@@ -91,9 +90,9 @@ def _dora_lines(
     scale = support.choose("scale_columns", x.device, x.dtype, 0)
     kept = "in training z is kept where m is trained"
     fit = functools.partial(cuda_backend.scaled_fit, x, weight, a, b)
-    if not over_codes and _why_not_whole(x, rank, fit) == "":
+    if not apart and _why_not_whole(x, rank, fit) == "":
         scale, kept = "cuda", f"in z's own launch; {kept}"
-    elif not over_codes and scales_in_gemm(x.shape[0], x, rank):
+    elif not apart and scales_in_gemm(x.shape[0], x, rank):
         kept += "; where it is not, in z's own launch"
     return [
         f"  DoRA   n = ||W + s B A|| by rows        -> {norms}",
@@ -114,7 +113,7 @@ def explain(layer: Any, x: Tensor) -> str:
     Raises:
         TypeError: ``layer`` has no 2-d weight, or a 4-bit one that cannot be read as it lies.
     """
-    weight, lora_a, lora_b, drops, dora = _tensors(layer)
+    weight, lora_a, lora_b, drops, dora, dora_drops = _tensors(layer)
     n, k = weight.shape
     rank = 0 if lora_a is None else lora_a.shape[0]
     rows = x.numel() // k if k else 0
@@ -138,7 +137,9 @@ def explain(layer: Any, x: Tensor) -> str:
         codes = reads_codes(flat, held.codes, held.scales, held.form, lora_a, lora_b, state)
         dx_codes = dx_reads_codes(dy, held.codes, held.form, lora_a, state)
     if dora and lora_a is not None and lora_b is not None:
-        lines += _dora_lines(flat, weight, lora_a, lora_b, quantized, codes is not None)
+        lines += _dora_lines(
+            flat, weight, lora_a, lora_b, quantized, codes is not None or dora_drops
+        )
     if quantized:
         takers = [name for name, by in (("y", codes), ("dX", dx_codes)) if by is None]
         if takers:

@@ -457,5 +457,9 @@ def test_explain_names_the_norm_and_the_scale(monkeypatch):
             with fastlora.backend("triton"):
                 line = fastlora.explain(layer, rows).splitlines()[2]
             assert "-> triton" in line and ("in z's own launch" in line) == product
+        dropping = trained(LoRALinear, FP16, lora_dropout=0.1).train()
+        with fastlora.backend("triton"):
+            assert "own launch" not in fastlora.explain(dropping, x)
+            assert "own launch" in fastlora.explain(dropping.eval(), x)
     plain = trained(use_dora=False)
     assert "DoRA" not in fastlora.explain(plain, torch.randn(5, K))
