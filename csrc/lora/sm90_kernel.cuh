@@ -11,8 +11,9 @@
 // With dropout the three warps beside the producer make the mask of x (sm90_words.cuh); it is
 // applied to x on its way to h and dA, and to g A before dX is stored. Without it, backward and up
 // to 16 ranks, they add up the parts of g and dB (sm90_both.cuh). Forward, y's columns may have
-// factors as it is stored (DoRA). Takes: m >= 1; n, k and rank multiples of 8, rank up to 512 (64 with
-// dropout); kN, 16 or 64, ranks at a time. Shared memory: the GEMM's, the queue's 128 bytes with counts behind it, 512 bytes of ones.
+// factors as it is stored (DoRA). Takes: m >= 1; n, k and rank multiples of 8, rank up to 512 (64
+// with dropout); kN, 16 or 64, ranks at a time. Shared memory: the GEMM's, the queue's 128 bytes
+// with counts behind it, 512 bytes of ones.
 #pragma once
 
 #include "common/sm90/copy_async.cuh"
