@@ -38,7 +38,7 @@ class _Tile(NamedTuple):
 
     def of(self, rank: int) -> _Tile:
         """More than 32 ranks are several products, whose tiles of A and B would fill the registers."""
-        return self if rank <= 32 else self._replace(bk=64)
+        return self if rank <= 32 else self._replace(bn=16)
 
 
 _FLOATS = _Tile(32, 128, 4)

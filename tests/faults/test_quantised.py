@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 import pytest
 import torch
@@ -236,6 +237,10 @@ def test_memory_is_the_allocators_and_is_given_back(m):
         assert (peak >= weight) == (
             "dequantize" in ran
         )  # where codes are read there is none at all
+        # Autograd's thread holds what it gave until it is scheduled once more.
+        until = time.monotonic() + 5
+        while torch.cuda.memory_allocated() != before and time.monotonic() < until:
+            time.sleep(0.001)
         assert torch.cuda.memory_allocated() == before
     assert {backend for _, backend in fastlora.launches()} <= {"cuda", "triton"}
 
